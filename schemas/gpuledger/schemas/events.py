@@ -1,0 +1,374 @@
+"""The events other than telemetry: facts with valid time, each carrying the whole fact.
+
+Every event has an `id`, a `revision` and a claim time set by its producer; the greatest revision of an id is the fact
+(ties: smaller node id, then content), so that an end heard before its start is complete and nothing depends on arrival.
+Values are JSON objects with the field ``type``; unknown fields are ignored, missing or wrong ones are an error.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from gpuledger.schemas.exceptions import MessageError
+
+__all__ = [
+    "AccountRule",
+    "Alert",
+    "Allocation",
+    "AssetCost",
+    "Commitment",
+    "DeadLetter",
+    "Dirty",
+    "EnergyTariff",
+    "Event",
+    "Fact",
+    "Inventory",
+    "Job",
+    "Placement",
+    "PricePoint",
+    "RateCard",
+    "Tenant",
+    "Transfer",
+    "decode_event",
+    "encode_event",
+]
+
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+#: UTC milliseconds since 1970, from 2000-01-01 to 2200-01-01.
+TimeMs = Annotated[int, Meta(ge=946_684_800_000, le=7_258_118_400_000)]
+Revision = Annotated[int, Meta(ge=0, lt=2**43)]
+GpuCount = Annotated[int, Meta(ge=0, le=10_000_000)]
+Currency = Annotated[str, Meta(pattern="^[A-Z]{3}$")]
+
+Source = Literal["slurm", "kubernetes", "manual", "process"]
+
+
+class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag_field="type"):
+    """Base of every message. `kind` is the value of the JSON field ``type``."""
+
+    kind: ClassVar[str] = ""
+
+
+class Fact(Event, frozen=True, kw_only=True):
+    """Base of what is remembered. `revision` grows with every correction of the same `id` (milliseconds will do)."""
+
+    id: Name
+    revision: Revision
+    claimed_at_ms: TimeMs
+
+
+def _check_interval(start_ms: int, end_ms: int | None) -> None:
+    if end_ms is not None and end_ms < start_ms:
+        raise ValueError(f"end_ms: {end_ms} is before start_ms {start_ms}; an interval is [start, end)")
+
+
+class Placement(Fact, frozen=True, kw_only=True, tag="placement"):
+    """GPU x node x pool x [start, end). Of two that overlap for a GPU the newer claim wins; a conflict is shown."""
+
+    kind: ClassVar[str] = "placement"
+    gpu: Name
+    node: Name
+    pool: Name
+    site: str = ""
+    model: str = ""
+    index: int | None = None
+    pci_bus_id: str | None = None
+    serial: str | None = None
+    memory_total_bytes: int | None = None
+    start_ms: TimeMs
+    end_ms: TimeMs | None = None
+    void: bool = False
+
+    def __post_init__(self) -> None:
+        _check_interval(self.start_ms, self.end_ms)
+
+
+class Inventory(Event, frozen=True, kw_only=True, tag="inventory"):
+    """A node as it is: sent at start, on change and hourly, keyed by node (compacted), with all its placements."""
+
+    kind: ClassVar[str] = "inventory"
+    node: Name
+    claimed_at_ms: TimeMs
+    boot_id: str = ""
+    agent_version: str = ""
+    driver_version: str | None = None
+    cuda_version: str | None = None
+    config_hash: str = ""
+    health: str = "ok"
+    placements: list[Placement] = []
+
+
+class Allocation(Fact, frozen=True, kw_only=True, tag="allocation"):
+    """Job x GPU (or MIG instance) x weight_num/weight_den x [start, end), as one source knows it.
+
+    `end_ms` None means it runs. `tenant` is set only where the source knows it; else the account map decides
+    by `source`, `account`, `user` and `namespace`. A `void` allocation never happened.
+    """
+
+    kind: ClassVar[str] = "allocation"
+    node: Name
+    boot_id: str = ""
+    gpu: Name
+    instance: Annotated[int, Meta(ge=0, le=65535)] = 0
+    job_id: Name
+    source: Source
+    account: str = ""
+    user: str = ""
+    namespace: str = ""
+    tenant: str = ""
+    weight_num: Annotated[int, Meta(ge=0, le=1_000_000)] = 1
+    weight_den: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+    start_ms: TimeMs
+    end_ms: TimeMs | None = None
+    confidence_pct: Annotated[int, Meta(ge=0, le=100)] = 100
+    void: bool = False
+
+    def __post_init__(self) -> None:
+        _check_interval(self.start_ms, self.end_ms)
+        if self.weight_num > self.weight_den:
+            raise ValueError(
+                f"weight_num: {self.weight_num} of weight_den {self.weight_den} is more than the whole GPU"
+            )
+
+
+class Job(Fact, frozen=True, kw_only=True, tag="job"):
+    """A job as its scheduler knows it; `id` is the job id that allocations name. Feeds names and reconciliation."""
+
+    kind: ClassVar[str] = "job"
+    source: Source
+    cluster: str = ""
+    name: str = ""
+    account: str = ""
+    user: str = ""
+    tenant: str = ""
+    queue: str = ""
+    gpus: GpuCount | None = None
+    submitted_ms: TimeMs | None = None
+    started_ms: TimeMs | None = None
+    ended_ms: TimeMs | None = None
+    state: str = ""
+    tags: dict[str, str] = {}
+
+
+class Commitment(Fact, frozen=True, kw_only=True, tag="commitment"):
+    """Tenant x pool x number of GPUs x [start, end). Only those in state ``active`` count or bill."""
+
+    kind: ClassVar[str] = "commitment"
+    pool: Name
+    tenant: Name
+    gpus: GpuCount
+    start_ms: TimeMs
+    end_ms: TimeMs | None = None
+    state: Literal["proposed", "contracted", "active", "ended", "cancelled"] = "active"
+    contract: str = ""
+    by: str = ""
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        _check_interval(self.start_ms, self.end_ms)
+
+
+class Transfer(Fact, frozen=True, kw_only=True, tag="transfer"):
+    """A dated move of `gpus` GPUs of a pool from one tenant's commitment to another's, for good or until `end_ms`."""
+
+    kind: ClassVar[str] = "transfer"
+    pool: Name
+    gpus: Annotated[int, Meta(ge=1, le=10_000_000)]
+    from_tenant: Name
+    to_tenant: Name
+    start_ms: TimeMs
+    end_ms: TimeMs | None = None
+    state: Literal["planned", "active", "cancelled"] = "active"
+    by: str = ""
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        _check_interval(self.start_ms, self.end_ms)
+        if self.from_tenant == self.to_tenant:
+            raise ValueError(f"to_tenant: is from_tenant ({self.to_tenant}); a transfer moves between two tenants")
+
+
+class AccountRule(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of the account map: what matches belongs to the tenant during [start, end). Patterns are exact."""
+
+    match: Literal["account", "user", "namespace"]
+    value: Name
+    source: Source | None = None
+    start_ms: TimeMs | None = None
+    end_ms: TimeMs | None = None
+
+
+class Tenant(Fact, frozen=True, kw_only=True, tag="tenant"):
+    """Who pays, and what of the schedulers' names is theirs. `id` is the tenant; rules of all tenants make the map."""
+
+    kind: ClassVar[str] = "tenant"
+    name: str = ""
+    contact: str = ""
+    rules: list[AccountRule] = []
+
+
+def _check_minute(field: str, value: int | None) -> None:
+    if value is not None and value % 60_000:
+        raise ValueError(f"{field}: {value} is not on a UTC minute; rates change on minute boundaries only")
+
+
+class AssetCost(Fact, frozen=True, kw_only=True, tag="asset_cost"):
+    """What the operator pays for a pool over one period, spread evenly over its minutes, and its energy terms.
+
+    The fixed cost of minute k of N is floor(T(k+1)/N) - floor(Tk/N) nano-units, T = `period_cost`.
+    Energy cost = GPU energy x `node_energy_factor` x `pue` x the tariff's price; no tariff, no energy cost.
+    """
+
+    kind: ClassVar[str] = "asset_cost"
+    pool: Name
+    currency: Currency
+    period_cost: Decimal
+    start_ms: TimeMs
+    end_ms: TimeMs
+    pue: Decimal = Decimal(1)
+    node_energy_factor: Decimal = Decimal(1)
+    tariff: str = ""
+
+    def __post_init__(self) -> None:
+        _check_interval(self.start_ms, self.end_ms)
+        _check_minute("start_ms", self.start_ms)
+        _check_minute("end_ms", self.end_ms)
+        if self.end_ms == self.start_ms:
+            raise ValueError("end_ms: the period has no minutes")
+        if self.pue < 1:
+            raise ValueError(f"pue: expected 1 or more, got {self.pue}")
+        if self.node_energy_factor <= 0:
+            raise ValueError(f"node_energy_factor: expected more than 0, got {self.node_energy_factor}")
+
+
+class PricePoint(msgspec.Struct, frozen=True):
+    """The price per kWh from `start_ms` to the next point's start (or the tariff's end)."""
+
+    start_ms: TimeMs
+    per_kwh: Decimal
+
+
+class EnergyTariff(Fact, frozen=True, kw_only=True, tag="energy_tariff"):
+    """Prices of electricity over [first point, end): contiguous UTC intervals on minutes, negative prices included."""
+
+    kind: ClassVar[str] = "energy_tariff"
+    currency: Currency
+    prices: Annotated[list[PricePoint], Meta(min_length=1)]
+    end_ms: TimeMs
+
+    def __post_init__(self) -> None:
+        last = None
+        for n, point in enumerate(self.prices):
+            _check_minute(f"prices[{n}].start_ms", point.start_ms)
+            if last is not None and point.start_ms <= last:
+                raise ValueError(f"prices[{n}].start_ms: {point.start_ms} is not after {last}; sort the intervals")
+            last = point.start_ms
+        if last is not None and self.end_ms <= last:
+            raise ValueError(f"end_ms: {self.end_ms} is not after the last price's start {last}")
+        _check_minute("end_ms", self.end_ms)
+
+
+class RateCard(Fact, frozen=True, kw_only=True, tag="rate_card"):
+    """What a tenant pays for a pool: a flat price per GPU-hour held; `tenant` "" is everybody without an own card.
+
+    `reserved_unused_per_gpu_hour` prices the GPU-hours a tenant reserved and did not use; None: not charged.
+    `reserved_unused_payer` says who bears their asset cost.
+    """
+
+    kind: ClassVar[str] = "rate_card"
+    pool: Name
+    tenant: str = ""
+    currency: Currency
+    per_gpu_hour: Decimal
+    reserved_unused_per_gpu_hour: Decimal | None = None
+    reserved_unused_payer: Literal["owner", "operator"] = "owner"
+    start_ms: TimeMs
+    end_ms: TimeMs | None = None
+
+    def __post_init__(self) -> None:
+        _check_interval(self.start_ms, self.end_ms)
+        _check_minute("start_ms", self.start_ms)
+        _check_minute("end_ms", self.end_ms)
+
+
+class Dirty(Event, frozen=True, kw_only=True, tag="dirty"):
+    """Minutes [from_ms, to_ms) of a pool to compute again, and why. Bounds are widened to whole minutes."""
+
+    kind: ClassVar[str] = "dirty"
+    pool: Name
+    from_ms: TimeMs
+    to_ms: TimeMs
+    why: str = ""
+
+
+class Alert(Fact, frozen=True, kw_only=True, tag="alert"):
+    """An alert with the money at stake, or its end. `id` is the fingerprint: the same trouble has the same id."""
+
+    kind: ClassVar[str] = "alert"
+    rule: Name
+    status: Literal["firing", "resolved"]
+    severity: Literal["info", "warning", "critical"] = "warning"
+    pool: str = ""
+    tenant: str = ""
+    started_at_ms: TimeMs
+    ended_at_ms: TimeMs | None = None
+    money_per_hour: Decimal | None = None
+    currency: str = ""
+    summary: str = ""
+    action: str = ""
+    evidence: dict[str, str] = {}
+
+
+class DeadLetter(Event, frozen=True, kw_only=True, tag="dead_letter"):
+    """A message that could not be read: where it was, why, and its bytes (base64 in JSON) up to a limit."""
+
+    kind: ClassVar[str] = "dead_letter"
+    topic: Name
+    partition: int
+    offset: int
+    appended_at_ms: int
+    reason: str
+    key: bytes | None = None
+    value: bytes = b""
+    value_bytes: int = 0
+    headers: list[tuple[str, bytes]] = []
+
+
+AnyEvent = (
+    Placement
+    | Inventory
+    | Allocation
+    | Job
+    | Commitment
+    | Transfer
+    | Tenant
+    | AssetCost
+    | EnergyTariff
+    | RateCard
+    | Dirty
+    | Alert
+    | DeadLetter
+)
+_decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
+_encoder = msgspec.json.Encoder(decimal_format="string")
+
+
+def encode_event(event: Event) -> bytes:
+    """The event as JSON; decimals as strings."""
+    return _encoder.encode(event)
+
+
+def decode_event(data: bytes) -> AnyEvent:
+    """One event from its JSON.
+
+    Raises:
+        MessageError: not JSON, an unknown ``type``, or a field that is missing or wrong (its path is in the text).
+    """
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MessageError(str(error)) from error
