@@ -9,17 +9,24 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Protocol
 
 from gpuledger.schemas.exceptions import SchemaError
 
 __all__ = ["Migration", "migrate", "migrations", "pending", "statements", "views"]
 
-Execute = Callable[[str], object]
 Query = Callable[[str], Sequence[Sequence[object]]]
 
+
+class Execute(Protocol):
+    """Runs one statement with bound parameters (`{name:Type}` in the text)."""
+
+    def __call__(self, sql: str, parameters: dict[str, object] | None = None, /) -> object: ...
+
+
 _JOURNAL = (
-    "CREATE TABLE IF NOT EXISTS migrations (number UInt32, name String, sha256 String, applied_at DateTime64(3, 'UTC')) "
-    "ENGINE = MergeTree ORDER BY number"
+    "CREATE TABLE IF NOT EXISTS migrations "
+    "(number UInt32, name String, sha256 String, applied_at DateTime64(3, 'UTC')) ENGINE = MergeTree ORDER BY number"
 )
 
 
@@ -60,7 +67,8 @@ def views() -> list[tuple[str, str]]:
 def statements(sql: str) -> list[str]:
     """The statements of a file, split at semicolons that end a line; lines that are comments are dropped."""
     lines = [line for line in sql.splitlines() if not line.lstrip().startswith("--")]
-    return [text.strip() for text in "\n".join(lines).split(";\n") if (text := text.strip().rstrip(";"))]
+    parts = [part.strip().rstrip(";") for part in "\n".join(lines).split(";\n")]
+    return [part for part in parts if part]
 
 
 def pending(query: Query, execute: Execute) -> list[Migration]:
@@ -70,7 +78,7 @@ def pending(query: Query, execute: Execute) -> list[Migration]:
     for migration in migrations():
         if applied.get(migration.number, migration.sha256) != migration.sha256:
             raise SchemaError(
-                f"migrations/{migration.name}.sql: differs from what was applied; add a new migration instead of editing"
+                f"migrations/{migration.name}.sql: differs from what was applied; write a new one instead"
             )
     return [migration for migration in migrations() if migration.number not in applied]
 
@@ -83,8 +91,9 @@ def migrate(query: Query, execute: Execute) -> list[Migration]:
         for statement in statements(migration.sql):
             execute(statement.replace("CREATE TABLE ", "CREATE TABLE IF NOT EXISTS ", 1))
         execute(
-            "INSERT INTO migrations (number, name, sha256, applied_at) VALUES "
-            f"({migration.number}, '{migration.name}', '{migration.sha256}', now64(3))"
+            "INSERT INTO migrations (number, name, sha256, applied_at) "
+            "SELECT {number:UInt32}, {name:String}, {sha256:String}, now64(3)",
+            {"number": migration.number, "name": migration.name, "sha256": migration.sha256},
         )
     for _, sql in views():
         for statement in statements(sql):
