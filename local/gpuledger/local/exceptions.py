@@ -10,7 +10,15 @@ LocalError
 
 from pathlib import Path
 
-__all__ = ["AssetError", "AssetMismatch", "DirectoryInUse", "LocalError", "PortTaken", "ServiceFailed"]
+__all__ = [
+    "AssetError",
+    "AssetMismatch",
+    "DirectoryInUse",
+    "LocalError",
+    "PortTaken",
+    "ServiceFailed",
+    "StartCancelled",
+]
 
 
 class LocalError(Exception):
@@ -60,3 +68,11 @@ class ServiceFailed(LocalError):
         if log_tail:
             text += f" and ends with:\n{log_tail}"
         super().__init__(text)
+
+
+class StartCancelled(LocalError):
+    """The start of the service `what` was given up, on request."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(f"{what}: start cancelled")
