@@ -99,14 +99,3 @@ CREATE TABLE frontier (
     name LowCardinality(String),
     marked_until_ms SimpleAggregateFunction(max, Int64)
 ) ENGINE = AggregatingMergeTree ORDER BY name;
-
--- Counters of one worker process that outlive it (dead letters, rejected rows): shown by `status`.
-CREATE TABLE quarantine (
-    topic LowCardinality(String),
-    partition UInt32,
-    offset UInt64,
-    node LowCardinality(String),
-    event_ms Int64,
-    appended_at DateTime64(3, 'UTC'),
-    reason String
-) ENGINE = ReplacingMergeTree ORDER BY (topic, partition, offset);
