@@ -1,6 +1,6 @@
 """What can go wrong with the embedded services.
 
-LocalError
+LocalError               a GPULedgerError
 ├── DirectoryInUse      another process holds the data directory
 ├── PortTaken           a configured port is not free
 ├── AssetError          a jar or a browser asset could not be had
@@ -9,6 +9,8 @@ LocalError
 """
 
 from pathlib import Path
+
+from gpuledger.schemas.exceptions import GPULedgerError
 
 __all__ = [
     "AssetError",
@@ -21,7 +23,7 @@ __all__ = [
 ]
 
 
-class LocalError(Exception):
+class LocalError(GPULedgerError):
     """Root of what the embedded services raise; its text is fit to be shown to a user."""
 
 
