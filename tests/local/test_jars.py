@@ -97,6 +97,8 @@ def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
         "print(json.dumps([str(path), seen]))"
     )
     environment = {**os.environ, "GPULEDGER_CACHE_DIR": str(tmp_path)}
+    # A third one was killed while it fetched.
+    (tmp_path / "jars" / ".fetch-torn" / "1").mkdir(parents=True)
     rivals = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
+from gpuledger.local.children import Supervisor
 from gpuledger.local.exceptions import DirectoryInUse, PortTaken, ServiceFailed
 from gpuledger.local.kafka import MESSAGE_MAX_BYTES, EmbeddedKafka
 from gpuledger.local.ports import free_port
@@ -211,6 +214,21 @@ def test_a_wrong_setting_fails_with_the_broker_s_words_and_frees_the_directory(t
         with pytest.raises(ServiceFailed) as caught:
             EmbeddedKafka(tmp_path, settings={"log.segment.bytes": wrong}).start()
         assert f"Invalid value {wrong} for configuration log.segment.bytes" in str(caught.value)
+
+
+def test_a_broker_that_is_killed_is_noticed_and_can_be_started_again(tmp_path: Path) -> None:
+    broker = EmbeddedKafka(tmp_path)
+    with Supervisor() as supervisor:
+        supervisor.start(broker)
+        asyncio.run(create_topic(broker.bootstrap, "kept"))
+        asyncio.run(produce(broker.bootstrap, "kept", [b"1"]))
+        os.kill(broker.pid, signal.SIGKILL)
+        with pytest.raises(ServiceFailed, match=r"kafka: was ended by signal SIGKILL; its log is .*server\.log"):
+            supervisor.wait(20)
+    with Supervisor() as supervisor:
+        supervisor.start(broker)
+        assert [record.value for record in asyncio.run(read_all(broker.bootstrap, "kept"))] == [b"1"]
+    assert broker.poll() == 143
 
 
 @pytest.fixture

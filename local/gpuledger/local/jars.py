@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -58,6 +59,7 @@ _ECHARTS_MEMBER = "META-INF/resources/webjars/echarts/{version}/" + _ECHARTS_NAM
 # The WebJar leaves out the legal texts that must go wherever the script goes.
 _ECHARTS_NOTICES = ("LICENSE", "NOTICE")
 
+_STAGING = ".fetch-"
 _DOWNLOADS_AT_ONCE = 4
 _ATTEMPTS = 3
 
@@ -179,6 +181,9 @@ def _verify(path: Path, jar: LockedJar, advice: str) -> None:
 def _fetch_all(missing: list[LockedJar], repository: Path, total: int, progress: Progress | None) -> None:
     if not missing:
         return
+    for leftover in repository.glob(f"{_STAGING}*"):
+        # Of a process that was killed: this one holds the lock.
+        shutil.rmtree(leftover, ignore_errors=True)
     log.info("fetching %d of %d jars into %s", len(missing), total, repository)
     ready = total - len(missing)
     with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
@@ -198,7 +203,7 @@ def _fetch_all(missing: list[LockedJar], repository: Path, total: int, progress:
 
 def _fetch(jar: LockedJar, repository: Path) -> None:
     """Downloads one jar beside the repository, verifies it, and only then moves it in."""
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=repository) as staging:
+    with tempfile.TemporaryDirectory(prefix=_STAGING, dir=repository) as staging:
         path = _download(jar, Path(staging))
         _verify(path, jar, "the download was refused: the repository serves another file than was locked")
         with path.open("rb") as file:
