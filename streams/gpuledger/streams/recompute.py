@@ -1,0 +1,394 @@
+"""The ledger of one pool over whole minutes, from facts and fragments: the one function that serves live, late,
+corrected and back-filled data.
+
+Everything is counted as not observed first; then each observed segment moves time from there to active, idle or down
+by telescoping differences, so that no cut of segments, minutes or ranges changes a sum. Pure: arrays in, arrays out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from gpuledger.finance.apportion import apportion_groups
+from gpuledger.schemas.telemetry import Activity
+from gpuledger.streams.holders import Conflict, PoolFacts, Spans, spans
+from gpuledger.streams.observed import Observed, observed
+from gpuledger.streams.pieces import MINUTE_MS, Pieces, expand, pieces
+from gpuledger.streams.reserved import Unheld, unheld
+
+__all__ = ["Amounts", "Ledger", "Window", "recompute"]
+
+Ints = NDArray[np.int64]
+
+_ACTIVITIES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Minutes [from_ms, to_ms) to compute. Minutes before `complete_until_ms` are complete: what nobody saw there is
+    unobserved, after it pending. `buckets_ms` are the bounds (first = from_ms, last = to_ms) of the intervals for which
+    job rows are made: price intervals, cut at hours."""
+
+    from_ms: int
+    to_ms: int
+    complete_until_ms: int
+    confirm_ms: int
+    buckets_ms: Ints
+
+    def __post_init__(self) -> None:
+        if self.from_ms % MINUTE_MS or self.to_ms % MINUTE_MS or self.from_ms >= self.to_ms:
+            raise ValueError(f"window: expected whole minutes in order, got [{self.from_ms}, {self.to_ms})")
+
+    @property
+    def minutes(self) -> int:
+        return (self.to_ms - self.from_ms) // MINUTE_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """Sums by key, sorted by key. `keys` are integer code columns; `us` GPU-microseconds, `energy_mj` millijoules.
+
+    `blind_us`: the part of `us` whose energy is not known. Where nothing is known (`energy_known` is False) the energy
+    is NULL, not 0.
+    """
+
+    keys: tuple[Ints, ...]
+    us: Ints
+    energy_mj: Ints
+    blind_us: Ints
+
+    @property
+    def energy_known(self) -> NDArray[np.bool_]:
+        return (self.us > self.blind_us) | (self.energy_mj != 0)
+
+    def __len__(self) -> int:
+        return len(self.us)
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What `recompute` found. Keys of the amounts (codes):
+
+    by_minute: (minute of the window, account, activity); by_gpu_minute: (minute, gpu, holder, activity), only where
+    fragments exist; by_gpu_hour: (hour, gpu, holder, activity); by_job: (bucket, job, activity).
+    `accounts` are (tenant, unconfirmed), `jobs` (tenant, job, user, unconfirmed); the last code of accounts, holders
+    and jobs is what nobody holds. `unheld` divides that; `unallocated_mj` is its energy per minute.
+    """
+
+    window: Window
+    spans: Spans
+    accounts: list[tuple[str, bool]]
+    jobs: list[tuple[str, str, str, bool]]
+    service_us: Ints
+    by_minute: Amounts
+    by_gpu_minute: Amounts
+    by_gpu_hour: Amounts
+    by_job: Amounts
+    unheld: Unheld
+    unallocated_mj: Ints
+    unallocated_blind_us: Ints
+    conflicts: list[Conflict]
+
+
+@dataclass(frozen=True, slots=True)
+class _Moves:
+    """Observed time: entry `entry` did `activity` for `us` in `minute`, using `energy` (-1: not known)."""
+
+    entry: Ints
+    minute: Ints
+    activity: Ints
+    us: Ints
+    energy: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """One row per piece and minute in which the GPU has fragments: [start, end) in milliseconds."""
+
+    piece: Ints
+    minute: Ints
+    start: Ints
+    end: Ints
+
+
+def _sum(keys: tuple[Ints, ...], us: Ints, energy: Ints, blind: Ints) -> Amounts:
+    """Sums rows of equal keys, exactly, and drops the rows of which nothing is left."""
+    sizes = [int(key.max()) + 1 if len(key) else 1 for key in keys]
+    combined = np.zeros(len(us), dtype=np.int64)
+    for key, size in zip(keys, sizes, strict=True):
+        combined = combined * size + key
+    unique, first, inverse = np.unique(combined, return_index=True, return_inverse=True)
+    sums = [np.zeros(len(unique), dtype=np.int64) for _ in range(3)]
+    for total, values in zip(sums, (us, energy, blind), strict=True):
+        np.add.at(total, inverse, values)
+    kept = np.flatnonzero((sums[0] != 0) | (sums[1] != 0))
+    rows = first[kept]
+    return Amounts(tuple(key[rows] for key in keys), *(total[kept] for total in sums))
+
+
+# ------------------------------------------------------------------------------------------------- telemetry
+
+
+def _cells(seen: Observed, cut: Pieces) -> _Cells:
+    """The pieces' minutes in which their GPU has observed segments."""
+    base = int(cut.minute.min()) if len(cut.minute) else 0
+    width = int((cut.minute + cut.count).max()) - base + 1 if len(cut.minute) else 1
+    minute = seen.start // MINUTE_MS
+    inside = (minute >= base) & (minute < base + width)
+    cells = np.unique(seen.gpu[inside] * width + minute[inside] - base)
+    first = np.searchsorted(cells, cut.gpu * width + cut.minute - base)
+    last = np.searchsorted(cells, cut.gpu * width + cut.minute + cut.count - base)
+    piece, position = expand(last - first)
+    minute = cells[first[piece] + position] % width + base
+    start = np.maximum(cut.start[piece], minute * MINUTE_MS)
+    return _Cells(piece, minute, start, start + cut.length[piece])
+
+
+def _match(seen: Observed, cells: _Cells, gpu_of_cell: Ints, from_ms: int, to_ms: int) -> tuple[Ints, Ints]:
+    """(segment, cell) for every pair of one GPU that overlaps in time. Cells are sorted by (gpu, start), disjoint."""
+    width = to_ms - from_ms + 2
+    starts = gpu_of_cell * width + cells.start - from_ms
+    ends = gpu_of_cell * width + cells.end - from_ms
+    # Segments lie in minutes of the window, because fragments of other minutes are not read.
+    first = np.searchsorted(ends, seen.gpu * width + seen.start - from_ms, side="right")
+    last = np.searchsorted(starts, seen.gpu * width + seen.end - from_ms, side="left")
+    segment, position = expand(np.maximum(last - first, 0))
+    return segment, first[segment] + position
+
+
+def _line(seen: Observed, segment: Ints, at: Ints) -> Ints:
+    """floor of the energy counter at `at`, linear between the segment's two readings."""
+    start, end = seen.line_start[segment], seen.line_end[segment]
+    first, last = seen.energy_from[segment], seen.energy_to[segment]
+    return first + (last - first) * (at - start) // np.maximum(end - start, 1)
+
+
+def _energy_moves(seen: Observed, segment: Ints, cell: Ints, cells: _Cells, cut: Pieces) -> tuple[Ints, Ints, Ints]:
+    """(pair, entry, millijoules): the energy of each segment within each cell, by weight to all entries there."""
+    begin = np.maximum(seen.start[segment], cells.start[cell])
+    finish = np.minimum(seen.end[segment], cells.end[cell])
+    known = np.flatnonzero(seen.energy_from[segment] >= 0)
+    total = _line(seen, segment[known], finish[known]) - _line(seen, segment[known], begin[known])
+    piece = cells.piece[cell[known]]
+    row, position = expand(cut.offsets[piece + 1] - cut.offsets[piece])
+    entry = cut.offsets[piece[row]] + position
+    share = apportion_groups(total, row.astype(np.intp), cut.weight[entry])
+    return known[row], entry, share
+
+
+def _moves(seen: Observed, cut: Pieces, cells: _Cells, spans_: Spans, window: Window) -> _Moves:
+    segment, cell = _match(seen, cells, cut.gpu[cells.piece], window.from_ms, window.to_ms)
+    piece = cells.piece[cell]
+    begin = np.maximum(seen.start[segment], cells.start[cell])
+    finish = np.minimum(seen.end[segment], cells.end[cell])
+    pair, position = expand(cut.offsets[piece + 1] - cut.offsets[piece])
+    entry = cut.offsets[piece[pair]] + position
+    instance = np.append(spans_.holders.instance, 0)[cut.holder[entry]]
+    mine = instance == seen.instance[segment[pair]]
+    pair, entry = pair[mine], entry[mine]
+    start, length = cells.start[cell[pair]], cut.length[piece[pair]]
+    amount = cut.amount[entry]
+    us = amount * (finish[pair] - start) // length - amount * (begin[pair] - start) // length
+    activity, minute = seen.activity[segment[pair]], cells.minute[cell[pair]]
+
+    e_pair, e_entry, energy = _energy_moves(seen, segment, cell, cells, cut)
+    whole = np.append(spans_.holders.instance, 0)[cut.holder[e_entry]] == 0
+    # A slice's share of the GPU's energy is known even where what the slice did is not.
+    e_activity = np.where(whole, seen.activity[segment[e_pair]], int(Activity.UNOBSERVED))
+    known = seen.energy_from[segment[pair]] >= 0
+    none = np.zeros(len(energy), dtype=np.int64)
+    return _Moves(
+        entry=np.concatenate([entry, e_entry]),
+        minute=np.concatenate([minute, cells.minute[cell[e_pair]]]),
+        activity=np.concatenate([activity, e_activity]),
+        us=np.concatenate([us, none]),
+        energy=np.concatenate([np.where(known, 0, -1), energy]),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- sums
+
+
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """Entries of pieces with what sums are made by."""
+
+    minute: Ints
+    count: Ints
+    amount: Ints
+    gpu: Ints
+    holder: Ints
+    base: Ints
+
+
+def _entries(cut: Pieces, window: Window) -> _Entries:
+    minute = cut.minute[cut.piece] - window.from_ms // MINUTE_MS
+    complete = cut.minute[cut.piece] * MINUTE_MS < window.complete_until_ms // MINUTE_MS * MINUTE_MS
+    return _Entries(
+        minute=minute,
+        count=cut.count[cut.piece],
+        amount=cut.amount,
+        gpu=cut.gpu[cut.piece],
+        holder=cut.holder,
+        base=np.where(complete, int(Activity.UNOBSERVED), int(Activity.PENDING)),
+    )
+
+
+def _with_moves(
+    keys: tuple[Ints, ...], base: Ints, us: Ints, moved_keys: tuple[Ints, ...], moves: _Moves, moved_base: Ints
+) -> Amounts:
+    """Base rows, plus what was observed, less what was therefore not unobserved; `activity` becomes the last key."""
+    known = moves.energy >= 0
+    energy = np.where(known, moves.energy, 0)
+    nothing = np.zeros(len(us), dtype=np.int64)
+    back = np.zeros(len(moves.us), dtype=np.int64)
+    return _sum(
+        (
+            *(np.concatenate([key, moved, moved]) for key, moved in zip(keys, moved_keys, strict=True)),
+            np.concatenate([base, moves.activity, moved_base]),
+        ),
+        np.concatenate([us, moves.us, -moves.us]),
+        np.concatenate([nothing, energy, back]),
+        np.concatenate([us, np.where(known, 0, moves.us), -moves.us]),
+    )
+
+
+def _per_bucket(entries: _Entries, bounds: Ints) -> tuple[Ints, Ints, Ints]:
+    """(entry, bucket, GPU-us): each entry's amount in every bucket [bounds[b], bounds[b+1]) of minutes it touches."""
+    first = np.searchsorted(bounds, entries.minute, side="right") - 1
+    last = np.searchsorted(bounds, entries.minute + entries.count, side="left")
+    entry, position = expand(last - first)
+    bucket = first[entry] + position
+    begin = np.maximum(entries.minute[entry], bounds[bucket])
+    finish = np.minimum(entries.minute[entry] + entries.count[entry], bounds[bucket + 1])
+    return entry, bucket, entries.amount[entry] * (finish - begin)
+
+
+def _minute_matrix(entries: _Entries, account: Ints, accounts: int, minutes: int) -> Ints:
+    steps = np.zeros((accounts, minutes + 1), dtype=np.int64)
+    np.add.at(steps, (account, entries.minute), entries.amount)
+    np.add.at(steps, (account, entries.minute + entries.count), -entries.amount)
+    return np.cumsum(steps, axis=1)[:, :-1]
+
+
+def _by_minute(entries: _Entries, account: Ints, accounts: int, moves: _Moves, window: Window) -> tuple[Amounts, Ints]:
+    """Rows by (minute, account, activity), and GPU-us in service per minute."""
+    matrix = _minute_matrix(entries, account, accounts, window.minutes)
+    row, minute = np.nonzero(matrix)
+    first_open = (window.complete_until_ms // MINUTE_MS * MINUTE_MS - window.from_ms) // MINUTE_MS
+    base = np.where(minute < first_open, int(Activity.UNOBSERVED), int(Activity.PENDING))
+    amounts = _with_moves(
+        (minute, row),
+        base,
+        matrix[row, minute],
+        (moves.minute, account[moves.entry]),
+        moves,
+        entries.base[moves.entry],
+    )
+    return amounts, matrix.sum(axis=0)
+
+
+def _names(found: Spans) -> tuple[Ints, list[tuple[str, bool]], Ints, list[tuple[str, str, str, bool]]]:
+    """Account and job code of every holder (the last: nobody), and what the codes mean."""
+    holders = found.holders
+    unconfirmed = holders.unconfirmed.tolist()
+    account_of = list(zip(holders.tenant, unconfirmed, strict=True))
+    job_of = list(zip(holders.tenant, holders.job_id, holders.user, unconfirmed, strict=True))
+    accounts, jobs = sorted(set(account_of)), sorted(set(job_of))
+    account_code = {name: n for n, name in enumerate(accounts)}
+    job_code = {name: n for n, name in enumerate(jobs)}
+    account = np.array([account_code[name] for name in account_of] + [len(accounts)], dtype=np.int64)
+    job = np.array([job_code[name] for name in job_of] + [len(jobs)], dtype=np.int64)
+    return account, accounts, job, jobs
+
+
+def _hours(window: Window) -> Ints:
+    """Bounds of the window's hours, in minutes of the window."""
+    hour_ms = 60 * MINUTE_MS
+    inner = np.arange((window.from_ms // hour_ms + 1) * hour_ms, window.to_ms, hour_ms)
+    return (np.concatenate([[window.from_ms], inner, [window.to_ms]]) - window.from_ms) // MINUTE_MS
+
+
+def recompute(facts: PoolFacts, fragments: pa.Table, window: Window) -> Ledger:
+    """The ledger of a pool over the window.
+
+    `fragments`: rows of the table `fragments` (at least `FRAGMENT_COLUMNS`) with minutes inside the window, each once;
+    of GPUs that are not of the pool too, they are left out.
+    """
+    found = spans(facts, window.from_ms, window.to_ms, window.confirm_ms)
+    cut = pieces(found, window.complete_until_ms)
+    seen = observed(fragments, {gpu: n for n, gpu in enumerate(found.gpus)})
+    cells = _cells(seen, cut)
+    moves = _moves(seen, cut, cells, found, window)
+    moves = _Moves(moves.entry, moves.minute - window.from_ms // MINUTE_MS, moves.activity, moves.us, moves.energy)
+    entries = _entries(cut, window)
+    account_of, accounts, job_of, jobs = _names(found)
+    account, job = account_of[entries.holder], job_of[entries.holder]
+    moved_base = entries.base[moves.entry]
+
+    by_minute, service_us = _by_minute(entries, account, len(accounts) + 1, moves, window)
+    by_gpu_minute = _by_gpu_minute(entries, cut, cells, moves, window)
+    hours = _hours(window)
+    entry, hour, us = _per_bucket(entries, hours)
+    by_gpu_hour = _with_moves(
+        (hour, entries.gpu[entry], entries.holder[entry]),
+        entries.base[entry],
+        us,
+        _moved(hours, moves, entries.gpu, entries.holder),
+        moves,
+        moved_base,
+    )
+    buckets = (window.buckets_ms - window.from_ms) // MINUTE_MS
+    entry, bucket, us = _per_bucket(entries, buckets)
+    by_job = _with_moves((bucket, job[entry]), entries.base[entry], us, _moved(buckets, moves, job), moves, moved_base)
+    conflicts = list(found.conflicts)
+    nobody = by_minute.keys[1] == len(accounts)
+    unallocated_mj = np.zeros(window.minutes, dtype=np.int64)
+    blind = np.zeros(window.minutes, dtype=np.int64)
+    np.add.at(unallocated_mj, by_minute.keys[0][nobody], by_minute.energy_mj[nobody])
+    np.add.at(blind, by_minute.keys[0][nobody], by_minute.blind_us[nobody])
+    return Ledger(
+        window=window,
+        spans=found,
+        accounts=accounts,
+        jobs=jobs,
+        service_us=service_us,
+        by_minute=by_minute,
+        by_gpu_minute=by_gpu_minute,
+        by_gpu_hour=by_gpu_hour,
+        by_job=by_job,
+        unheld=unheld(facts, found, cut, window.from_ms, window.to_ms, conflicts),
+        unallocated_mj=unallocated_mj,
+        unallocated_blind_us=blind,
+        conflicts=conflicts,
+    )
+
+
+def _moved(bounds: Ints, moves: _Moves, *codes: Ints) -> tuple[Ints, ...]:
+    bucket = np.searchsorted(bounds, moves.minute, side="right") - 1
+    return bucket, *(code[moves.entry] for code in codes)
+
+
+def _by_gpu_minute(entries: _Entries, cut: Pieces, cells: _Cells, moves: _Moves, window: Window) -> Amounts:
+    """Rows by (minute, gpu, holder, activity) of the minutes in which the GPU has fragments."""
+    row, position = expand(cut.offsets[cells.piece + 1] - cut.offsets[cells.piece])
+    entry = cut.offsets[cells.piece[row]] + position
+    minute = cells.minute[row] - window.from_ms // MINUTE_MS
+    return _with_moves(
+        (minute, entries.gpu[entry], entries.holder[entry]),
+        entries.base[entry],
+        entries.amount[entry],
+        (moves.minute, entries.gpu[moves.entry], entries.holder[moves.entry]),
+        moves,
+        entries.base[moves.entry],
+    )
+
+
+def kinds(names: Sequence[tuple[str, bool]]) -> list[str]:
+    """The `kind` of accounts: held, unconfirmed, and unallocated for the last code."""
+    return ["unconfirmed" if unconfirmed else "held" for _, unconfirmed in names] + ["unallocated"]
