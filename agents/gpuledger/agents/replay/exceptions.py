@@ -1,19 +1,19 @@
 """What can go wrong in a replay.
 
-ReplayError
-├── TraceError        a row, a header or a file of a trace is wrong: file, line, field, value and the fix
-├── SendError         a message was not accepted by the broker
-└── LedgerTimeout     the ledger did not catch up with what was sent in the time given
+AgentError
+└── ReplayError
+    ├── TraceError      a row, a header or a file of a trace is wrong: file, line, field, value and the fix
+    └── LedgerTimeout   the ledger did not catch up with what was sent in the time given
 """
 
 from __future__ import annotations
 
-from gpuledger.schemas.exceptions import GPULedgerError
+from gpuledger.agents.exceptions import AgentError
 
-__all__ = ["LedgerTimeout", "ReplayError", "SendError", "TraceError"]
+__all__ = ["LedgerTimeout", "ReplayError", "TraceError"]
 
 
-class ReplayError(GPULedgerError):
+class ReplayError(AgentError):
     """Root of what a replay raises; its text is fit to be shown to a user."""
 
 
@@ -29,10 +29,6 @@ class TraceError(ReplayError):
         where = f"{file}:{line}" if line else file
         named = f"{where}: {field}" if field else where
         super().__init__(f"{named}: {problem}")
-
-
-class SendError(ReplayError):
-    """The broker refused or did not acknowledge a message; run the same replay again, it changes nothing twice."""
 
 
 class LedgerTimeout(ReplayError):

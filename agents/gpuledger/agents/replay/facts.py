@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from gpuledger.agents.replay.exceptions import TraceError
 from gpuledger.agents.replay.place import Placed, Placement
@@ -18,33 +18,24 @@ from gpuledger.schemas.events import Placement as PlacementFact
 
 __all__ = [
     "JobReplay",
-    "Message",
     "Replay",
     "Scope",
     "Window",
-    "inventory_messages",
+    "inventory_events",
     "service_interval",
-    "tenant_messages",
+    "tenant_events",
 ]
 
 _HOUR_MS = 3_600_000
 
 
-class Message(NamedTuple):
-    """One event on its way: `topic` is a name of schemas.topics, without prefix."""
-
-    topic: str
-    key: str
-    event: Event
-
-
 class Replay(Protocol):
-    """What can be sent: `expected` messages (for a progress bar), in the order in which they should arrive."""
+    """What can be sent: `expected` events (for a progress bar), in the order in which they should arrive."""
 
     @property
     def expected(self) -> int: ...
 
-    def messages(self) -> Iterator[Message]: ...
+    def events(self) -> Iterator[Event]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +108,19 @@ def service_interval(jobs: Iterable[TraceJob], name: str) -> tuple[int, int | No
     return first - first % _HOUR_MS, None if last is None else -(-last // _HOUR_MS) * _HOUR_MS
 
 
-def tenant_messages(accounts: Iterable[str], scope: Scope, claimed_at_ms: int) -> Iterator[Message]:
+def tenant_events(accounts: Iterable[str], scope: Scope, claimed_at_ms: int) -> Iterator[Event]:
     """Each account as a tenant of the same name. Low revisions: what an operator applies later wins."""
     for account in sorted(set(accounts) - {""}):
         rule = AccountRule(match="account", value=account, source=scope.source)
-        tenant = Tenant(id=account, revision=scope.whole, claimed_at_ms=claimed_at_ms, name=account, rules=[rule])
-        yield Message("rates", account, tenant)
+        yield Tenant(id=account, revision=scope.whole, claimed_at_ms=claimed_at_ms, name=account, rules=[rule])
 
 
-def inventory_messages(nodes: Iterable[Node], scope: Scope, start_ms: int, end_ms: int | None) -> Iterator[Message]:
-    """One event per node with the placement of each of its GPUs over [start, end), cut to the window if it clips."""
-    start_ms, end_ms = scope.window.cut(start_ms, end_ms)
+def inventory_events(
+    nodes: Iterable[Node], scope: Scope, start_ms: int, end_ms: int | None, *, cut: bool = True
+) -> Iterator[Event]:
+    """One event per node with the placement of each of its GPUs over [start, end), cut to a window that clips."""
+    if cut:
+        start_ms, end_ms = scope.window.cut(start_ms, end_ms)
     for node in nodes:
         placements = [
             PlacementFact(
@@ -145,12 +138,11 @@ def inventory_messages(nodes: Iterable[Node], scope: Scope, start_ms: int, end_m
             )
             for index in range(node.gpus)
         ]
-        event = Inventory(node=node.name, claimed_at_ms=start_ms, agent_version="replay", placements=placements)
-        yield Message("inventory", node.name, event)
+        yield Inventory(node=node.name, claimed_at_ms=start_ms, agent_version="replay", placements=placements)
 
 
 class JobReplay:
-    """A placed trace as messages: tenants and inventory first, then each job with its allocations, by start.
+    """A placed trace as events: tenants and inventory first, then each job with its allocations, by start.
 
     Placement is always that of the whole trace, so that a window shows the same GPUs as the whole.
     """
@@ -189,10 +181,10 @@ class JobReplay:
         yield from (placed.job for placed in self.held)
         yield from self.without_gpu
 
-    def messages(self) -> Iterator[Message]:
+    def events(self) -> Iterator[Event]:
         if self.scope.tenants:
-            yield from tenant_messages((job.account for job in self._jobs()), self.scope, self.start_ms)
-        yield from inventory_messages(self.fleet.nodes, self.scope, self.start_ms, self.end_ms)
+            yield from tenant_events((job.account for job in self._jobs()), self.scope, self.start_ms)
+        yield from inventory_events(self.fleet.nodes, self.scope, self.start_ms, self.end_ms)
         for job in self.without_gpu:
             yield self._job(job, ended=True)
         if self.scope.as_it_happened:
@@ -201,21 +193,21 @@ class JobReplay:
             for placed in self.held:
                 yield from self._run(placed, ended=True)
 
-    def _as_it_happened(self) -> Iterator[Message]:
+    def _as_it_happened(self) -> Iterator[Event]:
         """Starts and ends in the order of time; at one instant ends come first, as GPUs change hands."""
         moments = [(placed.job.start_ms or 0, 1, n) for n, placed in enumerate(self.held)]
         moments += [(p.job.end_ms, 0, n) for n, p in enumerate(self.held) if p.job.end_ms is not None]
         for _, starts, n in sorted(moments):
             yield from self._run(self.held[n], ended=not starts)
 
-    def _run(self, placed: Placed, ended: bool) -> Iterator[Message]:
+    def _run(self, placed: Placed, ended: bool) -> Iterator[Event]:
         job, scope = placed.job, self.scope
         yield self._job(job, ended)
         start_ms, end_ms = scope.window.cut(job.start_ms or 0, job.end_ms)
         ended = ended and end_ms is not None
         for n, claim in enumerate(placed.claims):
             whole = claim.milli == 1000
-            allocation = Allocation(
+            yield Allocation(
                 id=f"{scope.prefix}/{job.job_id}/{n}",
                 revision=scope.whole if ended else scope.first,
                 claimed_at_ms=end_ms if ended and end_ms is not None else start_ms,
@@ -230,15 +222,14 @@ class JobReplay:
                 start_ms=start_ms,
                 end_ms=end_ms if ended else None,
             )
-            yield Message("allocations", claim.node, allocation)
 
-    def _job(self, job: TraceJob, ended: bool) -> Message:
+    def _job(self, job: TraceJob, ended: bool) -> Job:
         """The job as its scheduler knew it: never clipped, for it decides nothing in the ledger."""
         known = (job.end_ms if ended else None, job.start_ms, job.submitted_ms, self.start_ms)
         tags = {"gpu_milli": str(job.milli)} if job.milli != 1000 else {}
         if job.model:
             tags["model"] = job.model
-        event = Job(
+        return Job(
             id=job.job_id,
             revision=self.scope.whole if ended else self.scope.first,
             claimed_at_ms=next(t for t in known if t is not None),
@@ -253,4 +244,3 @@ class JobReplay:
             state=job.state if ended else "RUNNING",
             tags=tags,
         )
-        return Message("jobs", job.job_id, event)

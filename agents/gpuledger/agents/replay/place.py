@@ -57,9 +57,10 @@ def place(jobs: Iterable[TraceJob], fleet: Fleet) -> Placement:
     """Places every job that held a GPU.
 
     A job with GPU indexes is where it says. One with nodes only takes the lowest free GPUs of those nodes, in their
-    order. Any other takes, of the nodes of its model (``A|B`` is either, all where it names none): the first one with room for all its
-    GPUs, else the first free GPUs over several nodes, in order, else nothing. A part of a GPU goes to the first GPU
-    with room. Jobs that say less never take a GPU that one that says more holds at any time of their run.
+    order. Any other takes, of the nodes of its model (``A|B`` is either; all where it names none): the first
+    one with room for all its GPUs, else the first free GPUs over several nodes, in order, else nothing. A part of a
+    GPU goes to the first GPU with room. A job that says less never takes a GPU that one that says more holds at any
+    time of its run.
     """
     result = Placement()
     runs: list[TraceJob] = []

@@ -43,7 +43,8 @@ class TraceJob(NamedTuple):
     """One job: `milli` thousandths of each of `gpus` GPUs over [start_ms, end_ms), UTC milliseconds.
 
     `start_ms` None: it never ran. `end_ms` None: it still runs. `gpus` 0: it asked for no GPU. `nodes` are those the
-    trace names, () where it does not say; `model` the GPU model it needs, ``A|B`` either; `indexes` the GPU indexes on each of them, () where it does not say.
+    trace names and `indexes` the GPU indexes on each of them, () where it does not say. `model` is the GPU model it
+    needs, ``A|B`` one of several, "" any.
     """
 
     job_id: str
