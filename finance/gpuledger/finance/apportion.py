@@ -11,13 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuledger.finance.exact import divide_products
+
 __all__ = ["apportion_groups", "largest_remainder", "largest_remainder_exact"]
 
 #: Below this, a total or a sum of weights leaves room for the correction step in 64-bit arithmetic.
 _BOUND = 2**62
-#: The estimate of a quotient below 2^62 must be wrong by less than 1, which takes a 64-bit mantissa. Where long double
-#: is no wider than double (Windows, Apple), quotients beyond 64 bits are computed with Python integers.
-_WIDE_LONG_DOUBLE = np.finfo(np.longdouble).nmant >= 63
 
 
 def largest_remainder(total: int, weights: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -80,8 +79,6 @@ def apportion_groups(
         first = int(np.argmax(empty))
         raise ValueError(f"weights: all of group {first} are zero, nothing can bear its total {int(totals[first])}")
     wide |= (totals >= _BOUND) | (totals <= -_BOUND)
-    if not _WIDE_LONG_DOUBLE:
-        wide |= _beyond_64_bits(totals, whole)
     if not wide.any():
         return _apportion(totals, group, weights, starts, whole)
     parts = _apportion(
@@ -123,10 +120,6 @@ def _sum_weights(weights: NDArray[np.int64], starts: NDArray[np.intp]) -> tuple[
     return whole, high >= _BOUND >> 32
 
 
-def _beyond_64_bits(totals: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.bool_]:
-    return np.abs(totals).astype(np.float64) * whole.astype(np.float64) >= 2.0**62
-
-
 def _apportion(
     totals: NDArray[np.int64],
     group: NDArray[np.intp],
@@ -139,7 +132,7 @@ def _apportion(
         return np.zeros(0, dtype=np.int64)
     amounts = np.abs(totals)
     divisor = np.maximum(whole, 1)  # groups without weight have the total 0: 0 / 1
-    parts, remainders = _divide(amounts[group], weights, divisor[group], int(amounts.max()) * int(weights.max()))
+    parts, remainders = divide_products(amounts[group], weights, divisor[group])
     missing = amounts - _sums(parts, starts)
     candidates = np.flatnonzero((remainders > 0) & (missing > 0)[group])
     if len(candidates):
@@ -150,25 +143,3 @@ def _apportion(
         rank = np.arange(len(of)) - np.searchsorted(of, of)
         parts[candidates[order[rank < missing[of]]]] += 1
     return np.where(totals[group] < 0, -parts, parts)
-
-
-def _divide(
-    amount: NDArray[np.int64], weight: NDArray[np.int64], whole: NDArray[np.int64], greatest: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Quotient and remainder of amount x weight / whole, exact although the product may need 124 bits.
-
-    `greatest` bounds the products; where they fit in 64 bits no estimate is needed. Else the quotient is estimated in
-    long double, wrong by at most 1, so the true remainder lies in [-whole, 2 whole) and its low 64 bits are all of it.
-    """
-    if greatest < 2**63:
-        product = amount * weight
-        quotient = product // whole
-        return quotient, product - quotient * whole
-    estimate = amount.astype(np.longdouble)
-    estimate *= weight
-    estimate /= whole
-    quotient = estimate.astype(np.int64)
-    # int64 multiplication wraps exactly as uint64 does; numpy raises nothing for arrays.
-    remainder = amount * weight - quotient * whole
-    correction = remainder // whole
-    return quotient + correction, remainder - correction * whole
