@@ -6,9 +6,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,29 @@ class Bench:
                 await asyncio.gather(*pending)
 
         asyncio.run(send_all())
+
+    @contextmanager
+    def feed(self, per_second: int) -> Generator[dict[str, int]]:
+        """Send numbered records to every partition until left; "sent" then says how many each partition got."""
+        count = {"sent": 0}
+        enough = threading.Event()
+
+        async def send_on() -> None:
+            async with AIOKafkaProducer(bootstrap_servers=self.bootstrap) as producer:
+                while not enough.is_set():
+                    for partition, values in self.numbered(per_second // 10, start=count["sent"]).items():
+                        for value in values:
+                            await producer.send(self.topic, value, partition=partition)
+                    count["sent"] += per_second // 10
+                    await asyncio.sleep(0.1)
+
+        feeder = threading.Thread(target=lambda: asyncio.run(send_on()))
+        feeder.start()
+        try:
+            yield count
+        finally:
+            enough.set()
+            feeder.join()
 
     def numbered(self, count: int, start: int = 0) -> dict[int, list[bytes | None]]:
         return {p: [f"{p}-{start + n}".encode() for n in range(count)] for p in range(self.partitions)}
@@ -196,7 +220,7 @@ class Worker:
 
 
 @contextmanager
-def bench(bootstrap: str, directory: Path, **options: Any) -> Iterator[Bench]:
+def bench(bootstrap: str, directory: Path, **options: Any) -> Generator[Bench]:
     made = Bench(bootstrap, directory, **options)
     try:
         yield made

@@ -18,7 +18,7 @@ from typing import Any
 import faust
 from faust.types import TP
 
-from gpuledger.streams.blocks import BlockConsumer, Record, block_topic, faust_settings
+from gpuledger.streams.blocks import BlockConsumer, BlockTransport, Record, block_topic, faust_settings
 from gpuledger.streams.exceptions import DataError
 from gpuledger.streams.intake import IntakeLimits, IntakeStats, Rejected, Stored, intake
 
@@ -65,6 +65,16 @@ class SqliteSink:
             await sent
 
 
+class ForgetfulConsumer(BlockConsumer):
+    """Throws the third block away after it was fetched, as a rebalance at the wrong moment would."""
+
+    fetched = 0
+
+    async def _next_block(self, tp: TP, batch: Sequence[Any]) -> Any:
+        self.fetched += 1
+        return None if self.fetched == 3 else await super()._next_block(tp, batch)
+
+
 def write(path: str, text: str) -> None:
     Path(path).write_text(text)
 
@@ -77,6 +87,8 @@ def make_app(config: dict[str, Any]) -> faust.App:
     source = block_topic(app, config["topic"])
     marks = block_topic(app, config["marks"])
     letters = block_topic(app, config["letters"])
+    if config.get("forgetful"):
+        BlockTransport.Consumer = ForgetfulConsumer
     BlockConsumer.topic_held_bytes = config.get("held_bytes", BlockConsumer.topic_held_bytes)
     stats = IntakeStats()
     passed: dict[str, int] = {}

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -145,29 +146,31 @@ def test_kill_9_between_the_steps_loses_nothing(kafka: str, tmp_path: Path, at: 
         assert made.query("select count(*) from seen")[0][0] > 2_000, "what was in flight must come again"
 
 
-def test_two_workers_that_join_and_leave_lose_nothing(kafka: str, tmp_path: Path) -> None:
-    def seen_by(made: Bench, name: str) -> int:
-        counted = made.query("select count(*) from seen where worker = ?", name)
-        return counted[0][0] if counted else 0
-
+def test_workers_that_join_and_leave_lose_nothing(kafka: str, tmp_path: Path) -> None:
     with bench(kafka, tmp_path) as made:
         slow = {"store_ms": 60, "faust": SMALL_BLOCKS, "limits": {"max_records": 100}}
-        made.send(made.numbered(1_000))
-        first = made.start("first", **slow)
-        wait_until(lambda: seen_by(made, "first") > 0, "the first worker stores")
-        second = made.start("second", **slow)
-        wait_until(lambda: seen_by(made, "second") > 0, "the second worker has joined")
-        made.send(made.numbered(1_000, start=1_000))
-        committed_is_stored(made)
-        assert first.stop()[0] == 0
-        committed_is_stored(made)
-        made.start("third", **slow)
-        wait_until(lambda: seen_by(made, "third") > 0, "the third worker has joined")
-        second.kill()
-        committed_is_stored(made)
-        made.send(made.numbered(100, start=2_000))
-        all_committed(made, 2_100)
-        assert made.rows() == expected_rows(made, 2_100)
+
+        def stores(name: str) -> None:
+            count = "select count(*) from seen where worker = ?"
+            before = made.query(count, name)
+            wait_until(lambda: made.query(count, name) > max(before, [(0,)]), f"worker {name} stores")
+
+        with made.feed(per_second=300) as fed:
+            first = made.start("first", **slow)
+            stores("first")
+            second = made.start("second", **slow)
+            stores("second")
+            stores("first")
+            committed_is_stored(made)
+            assert first.stop()[0] == 0
+            committed_is_stored(made)
+            made.start("third", **slow)
+            stores("third")
+            second.kill()
+            committed_is_stored(made)
+            time.sleep(1)
+        all_committed(made, fed["sent"])
+        assert made.rows() == expected_rows(made, fed["sent"])
         assert made.read(made.letters) == []
 
 
@@ -200,6 +203,15 @@ def test_holes_in_the_log_are_crossed_and_nothing_else(kafka: str, tmp_path: Pat
         assert worker.stop()[0] == 0
         assert [value for _, value in made.rows()[0]] == [f"{n}-{m}".encode() for n in range(20) for m in range(5)]
         assert made.query("select count(*) from seen")[0][0] == 100
+
+
+def test_a_fetched_block_that_got_lost_on_the_way_is_fetched_again(kafka: str, tmp_path: Path) -> None:
+    with bench(kafka, tmp_path, partitions=1) as made:
+        made.send(made.numbered(500))
+        worker = made.start(forgetful=True, faust=SMALL_BLOCKS)
+        all_committed(made, 500)
+        assert worker.stop()[0] == 0
+        assert made.rows() == expected_rows(made, 500)
 
 
 def test_a_seek_brings_the_records_again_and_disowns_the_block_in_flight(kafka: str, tmp_path: Path) -> None:
@@ -245,7 +257,7 @@ def test_sigterm_finishes_the_block_in_flight(kafka: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("how", [{"hold_at": ("stored", 1)}, {"store_hangs": True}], ids=["held", "hung store"])
-def test_sigterm_leaves_a_block_that_does_not_end(kafka: str, tmp_path: Path, how: dict[str, object]) -> None:
+def test_sigterm_leaves_a_block_that_does_not_end(kafka: str, tmp_path: Path, how: dict[str, Any]) -> None:
     with bench(kafka, tmp_path, partitions=1) as made:
         made.send(made.numbered(100))
         worker = made.start(**how)
