@@ -118,9 +118,7 @@ def _reading(row: Row) -> Reading:
 
 def _gaps(readings: Mapping[str, Sequence[Reading]], step_ms: int) -> int:
     return sum(
-        later.at_ms - earlier.at_ms > step_ms
-        for series in readings.values()
-        for earlier, later in pairwise(series)
+        later.at_ms - earlier.at_ms > step_ms for series in readings.values() for earlier, later in pairwise(series)
     )
 
 

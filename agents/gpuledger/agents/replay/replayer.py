@@ -1,0 +1,137 @@
+"""Sends a replay: batches to the broker, with progress, exact totals and where the last message of each topic is.
+
+A replay needs no spool: its source is the file. Run again after a failure, or just again, it changes nothing, for ids,
+revisions and claim times are those of the trace.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+from gpuledger.agents.messages import Message, event_message
+from gpuledger.agents.publisher import Delivered
+from gpuledger.agents.replay.facts import Replay
+from gpuledger.agents.replay.trace import UNPLACED_NODE
+from gpuledger.schemas.events import Allocation, Commitment, Event, Inventory, Job, Transfer
+
+__all__ = ["UNATTRIBUTED", "Progress", "Sent", "Sink", "Totals", "send"]
+
+#: What the ledger calls the tenant of a job without an account.
+UNATTRIBUTED = "unattributed"
+BATCH = 2_000
+
+
+class Sink(Protocol):
+    """Where messages go; `gpuledger.agents.publisher.Publisher` is one."""
+
+    async def publish_many(self, messages: Iterable[Message], /) -> list[Delivered]:
+        """Returns when all are acknowledged, one place per message, in their order."""
+        ...
+
+
+#: Called after each batch with the events sent so far and those expected.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class Totals:
+    """What was told, exactly. GPU time is in GPU-microseconds.
+
+    `held_gpu_us` is by tenant as the trace names accounts; `unplaced_gpu_us` by job and contained in it. Allocations
+    without an end are in `open_ended` and in no sum. `committed_gpu_us` is after transfers.
+    """
+
+    events: Counter[str] = field(default_factory=Counter[str])
+    jobs: int = 0
+    gpus: int = 0
+    allocations: int = 0
+    open_ended: int = 0
+    held_gpu_us: Counter[str] = field(default_factory=Counter[str])
+    unplaced_gpu_us: Counter[str] = field(default_factory=Counter[str])
+    committed_gpu_us: Counter[str] = field(default_factory=Counter[str])
+    pools: dict[str, int] = field(default_factory=dict[str, int])
+    _open: set[str] = field(default_factory=set[str])
+
+    def add(self, event: Event) -> None:
+        self.events[event.kind] += 1
+        match event:
+            case Allocation():
+                self._allocation(event)
+            case Job():
+                # Told as it happened, a job is sent twice: its end (or its only event) counts.
+                self.jobs += event.ended_ms is not None or event.started_ms is None or event.revision % 2
+            case Inventory():
+                self.gpus += len(event.placements)
+                for placement in event.placements:
+                    self.pools.setdefault(placement.pool, placement.start_ms)
+            case Commitment() if event.end_ms is not None:
+                self.committed_gpu_us[event.tenant] += event.gpus * (event.end_ms - event.start_ms) * 1000
+            case Transfer() if event.end_ms is not None:
+                moved = event.gpus * (event.end_ms - event.start_ms) * 1000
+                self.committed_gpu_us[event.from_tenant] -= moved
+                self.committed_gpu_us[event.to_tenant] += moved
+            case _:
+                pass
+
+    def _allocation(self, event: Allocation) -> None:
+        if event.end_ms is None:
+            self._open.add(event.id)
+        else:
+            self._open.discard(event.id)
+            self.allocations += 1
+            # Weights are thousandths or whole, so the division is exact.
+            gpu_us = (event.end_ms - event.start_ms) * 1000 * event.weight_num // event.weight_den
+            self.held_gpu_us[event.account or UNATTRIBUTED] += gpu_us
+            if event.gpu.startswith(f"{UNPLACED_NODE}/"):
+                self.unplaced_gpu_us[event.job_id] += gpu_us
+        self.open_ended = len(self._open)
+
+
+@dataclass(slots=True)
+class Sent:
+    """The end of a replay. `last_offsets`: (topic of the contract, partition) -> greatest offset of ours."""
+
+    totals: Totals
+    last_offsets: dict[tuple[str, int], int]
+    seconds: float
+
+    @property
+    def events(self) -> int:
+        return self.totals.events.total()
+
+    @property
+    def events_per_second(self) -> int:
+        return round(self.events / self.seconds) if self.seconds > 0 else 0
+
+
+async def send(replay: Replay, sink: Sink, progress: Progress | None = None, batch: int = BATCH) -> Sent:
+    """Sends every event of `replay`, batch by batch, each acknowledged before the next.
+
+    Raises:
+        PublishError: the broker did not take a message; what was sent before stays, and sending all again is safe.
+    """
+    totals = Totals()
+    last: dict[tuple[str, int], int] = {}
+    expected = replay.expected
+    started_s = time.monotonic()
+    events = iter(replay.events())
+    while chunk := list(islice(events, batch)):
+        messages: list[Message] = []
+        for event in chunk:
+            totals.add(event)
+            messages.append(event_message(event))
+        _remember(last, messages, await sink.publish_many(messages))
+        if progress is not None:
+            progress(totals.events.total(), expected)
+    return Sent(totals, last, time.monotonic() - started_s)
+
+
+def _remember(last: dict[tuple[str, int], int], messages: Sequence[Message], places: Sequence[Delivered]) -> None:
+    for message, place in zip(messages, places, strict=True):
+        key = (message.topic, place.partition)
+        last[key] = max(last.get(key, -1), place.offset)
