@@ -14,7 +14,7 @@ from typing import Any
 
 from clickhouse_connect.driver.client import Client
 
-__all__ = ["EMPTY_PAYER", "H100", "GB200", "Seed", "make_seed", "store"]
+__all__ = ["EMPTY_PAYER", "GB200", "H100", "Seed", "make_seed", "store"]
 
 H100, GB200 = "narvik-h100", "narvik-gb200"
 GPUS = {H100: 640, GB200: 360}
@@ -244,7 +244,8 @@ def _add_facts(seed: Seed) -> None:
         for n in range(count):
             gpu, node = f"GPU-{pool}-{n:04d}", f"{pool}-n{n // 8:03d}"
             seed.add("placements", id=f"{gpu}@{node}", **common, gpu=gpu, node=node, pool=pool, site="Narvik",
-                     model="H100" if pool == H100 else "GB200", gpu_index=n % 8, start_ms=start_ms, end_ms=None, void=0)  # fmt: skip
+                     model="H100" if pool == H100 else "GB200", gpu_index=n % 8,
+                     start_ms=start_ms, end_ms=None, void=0)  # fmt: skip
             if n < len(free):
                 job, tenant = free[n]
                 jobs.setdefault(job, (tenant, []))[1].append(gpu)
@@ -265,7 +266,7 @@ def _add_facts(seed: Seed) -> None:
     for n, (pool, tenant) in enumerate((pool, tenant) for pool in GPUS for tenant in TENANTS):
         if gpus := _reserved(pool, tenant, SHIFT_MINUTES_AGO + 1):
             seed.add("commitments", id=f"c{n}", **common, pool=pool, tenant=tenant, gpus=gpus, start_ms=start_ms,
-                     end_ms=None, state="active", contract=f"2026-{n:03d}", by="capacity desk", why="contract")  # fmt: skip
+                     end_ms=None, state="active", contract=f"2026-{n:03d}", by="desk", why="contract")  # fmt: skip
     shift = seed.minute - timedelta(minutes=SHIFT_MINUTES_AGO)
     for name, at, gpus, state, why in (
         ("t1", shift, SHIFT_GPUS, "active", "contracted handover of half the pool"),
@@ -273,7 +274,7 @@ def _add_facts(seed: Seed) -> None:
         ("t3", seed.minute - timedelta(minutes=5), 500, "cancelled", "withdrawn"),
     ):
         seed.add("transfers", id=name, **common, pool=H100, gpus=gpus, from_tenant="openhorizon",
-                 to_tenant="nordic-lm", start_ms=_ms(at), end_ms=None, state=state, by="capacity desk", why=why)  # fmt: skip
+                 to_tenant="nordic-lm", start_ms=_ms(at), end_ms=None, state=state, by="desk", why=why)  # fmt: skip
 
 
 def _add_health(seed: Seed) -> None:

@@ -5,12 +5,13 @@
 
 -- Cost and charge of each minute, from the price interval it lies in. Money is made per price interval; inside it, it
 -- is spread by GPU time:
---   cost of a minute = asset_cost(interval, tenant, kind, payer) x gpu_us(minute, tenant, kind) / gpu_us(interval, tenant, kind)
+--   cost of a minute = asset_cost(interval, tenant, kind, payer)
+--       x gpu_us(minute, tenant, kind) / gpu_us(interval, tenant, kind)
 -- so the minutes of an interval sum to what was charged for it (but for the last nano-unit), and a second costs a
--- sixtieth. Three cases stand outside the formula, all marked as estimates:
+-- sixtieth. Three cases stand outside the formula, the first two marked as estimates:
 --   a tenant and kind that the open interval has no money for yet takes its pool's average per GPU time, of that
 --   interval or (in the first seconds of an interval) of the one before, at most an hour old; without any, NULL;
---   cost without any GPU time (nothing in service) is spread evenly over the minutes of its interval;
+--   cost without any GPU time (nothing in service) is spread evenly over the minutes of its interval so far;
 --   `pending` time is held, reserved or free like any other: only what it did is not known yet. So the open minute
 --   counts whole, as it will be if nothing changes, and a rate read from it is steady from its first second.
 CREATE OR REPLACE VIEW v_cost_minute AS
@@ -23,7 +24,9 @@ intervals AS (
 ),
 money AS (
     SELECT pool, interval_start, tenant, kind, payer, asset_currency, charge_currency, cost, charge, lacks, 1 AS known,
-        sum(us) OVER (PARTITION BY pool, interval_start, tenant, kind) AS us
+        sum(us) OVER (PARTITION BY pool, interval_start, tenant, kind) AS key_us,
+        -- Money without GPU time finds its minutes by their markers.
+        if(key_us = 0, '', tenant) AS at_tenant, if(key_us = 0, 'marker', kind) AS at_kind
     FROM (
         SELECT pool, interval_start, tenant, kind, payer, max(asset_currency) AS asset_currency,
             max(charge_currency) AS charge_currency, sum(asset_cost) AS cost, sum(charge) AS charge,
@@ -39,53 +42,44 @@ minutes AS (
         l.us AS us, l.complete AS complete, i.interval_start AS interval_start, i.interval_end AS interval_end,
         i.service_us AS service_us, i.asset_cost AS pool_cost, i.asset_currency AS pool_currency, i.estimate AS estimate
     FROM (
-        SELECT pool, minute, tenant, kind, activity, min(complete) AS complete, sum(toInt128(gpu_us)) AS us
-        FROM v_ledger_minute
-        WHERE minute >= {since:DateTime64(3, 'UTC')} AND minute <= {until:DateTime64(3, 'UTC')}
-            AND kind NOT IN ('overcommitted', 'unallocated')
-        GROUP BY pool, minute, tenant, kind, activity
+        SELECT pool, minute, tenant, kind, activity, complete, toInt128(gpu_us) AS us
+        FROM (
+            SELECT pool, minute, tenant, kind, activity, complete, gpu_us, version,
+                max(version) OVER (PARTITION BY pool, minute) AS newest
+            FROM ledger_minute
+            WHERE minute >= {since:DateTime64(3, 'UTC')} AND minute <= {until:DateTime64(3, 'UTC')}
+        )
+        WHERE version = newest AND kind NOT IN ('overcommitted', 'unallocated')
     ) AS l
     ASOF LEFT JOIN intervals AS i ON l.pool = i.pool AND l.minute >= i.interval_start
 )
-SELECT pool, minute, tenant, if(payer = '', '(operator)', payer) AS payer, kind, activity,
-    toInt128(us_share) AS gpu_us, asset_currency, charge_currency,
+SELECT pool, minute, tenant, if(payer = '', '(operator)', payer) AS payer, kind, activity, gpu_us, asset_currency,
+    charge_currency,
     CAST(round(cost, 9), 'Nullable(Decimal(38, 9))') AS asset_cost,
     CAST(round(cost / 60, 9), 'Nullable(Decimal(38, 9))') AS asset_cost_per_second,
     CAST(round(charged, 9), 'Nullable(Decimal(38, 9))') AS charge,
     CAST(round(charged / 60, 9), 'Nullable(Decimal(38, 9))') AS charge_per_second,
     complete, estimate, incomplete
 FROM (
-    SELECT m.pool AS pool, m.minute AS minute, m.tenant AS tenant, m.kind AS kind, m.activity AS activity,
+    SELECT m.pool AS pool, m.minute AS minute, m.activity AS activity, m.complete AS complete,
+        if(m.kind = 'marker', c.tenant, m.tenant) AS tenant, if(m.kind = 'marker', c.kind, m.kind) AS kind,
         if(c.known = 1, c.payer, if(m.kind = 'free', '', m.tenant)) AS payer,
         -- Where payers share a tenant's time, each has its own row; the time is told once.
-        if(c.known = 0 OR row_number() OVER
-            (PARTITION BY m.pool, m.minute, m.tenant, m.kind, m.activity ORDER BY c.payer) = 1, m.us, 0) AS us_share,
+        if(m.kind = 'marker' OR (c.known = 1 AND row_number() OVER
+            (PARTITION BY m.pool, m.minute, m.tenant, m.kind, m.activity ORDER BY c.payer) > 1), 0, m.us) AS gpu_us,
+        if(m.kind = 'marker', 1, m.us) AS part,
+        multiIf(m.kind = 'marker', toInt128(greatest(1, dateDiff('minute', m.interval_start,
+                least(m.interval_end, toStartOfMinute(now64(3, 'UTC')) + INTERVAL 1 MINUTE)))),
+            c.known = 1, c.key_us, m.service_us) AS whole,
         if(c.known = 1, c.asset_currency, m.pool_currency) AS asset_currency, c.charge_currency AS charge_currency,
-        multiIf(c.known = 1, toDecimal256(c.cost, 18) * m.us / nullIf(toInt256(c.us), 0),
-            toDecimal256(m.pool_cost, 18) * m.us / nullIf(toInt256(m.service_us), 0)) AS cost,
-        if(c.known = 1, toDecimal256(c.charge, 18) * m.us / nullIf(toInt256(c.us), 0), NULL) AS charged,
-        m.complete AS complete, if(c.known = 1, m.estimate, 1) AS estimate, c.lacks AS incomplete
+        toDecimal256(if(c.known = 1, c.cost, m.pool_cost), 18) * part / nullIf(toInt256(whole), 0) AS cost,
+        if(c.known = 1, toDecimal256(c.charge, 18) * part / nullIf(toInt256(whole), 0), NULL) AS charged,
+        if(c.known = 1 AND m.kind != 'marker', m.estimate, 1) AS estimate, c.lacks AS incomplete
     FROM minutes AS m
-    LEFT JOIN (SELECT * FROM money WHERE us > 0) AS c
-        ON m.pool = c.pool AND if(m.minute < m.interval_end, m.interval_start, toDateTime64(0, 3, 'UTC')) = c.interval_start
-            AND m.tenant = c.tenant AND m.kind = c.kind
-    UNION ALL
-    SELECT r.pool, r.minute, c.tenant, c.kind, '' AS activity, c.payer, 0 AS us_share, c.asset_currency, c.charge_currency,
-        toDecimal256(c.cost, 18) / r.minutes AS cost, toDecimal256(c.charge, 18) / r.minutes AS charged,
-        r.complete, 1 AS estimate, c.lacks AS incomplete
-    FROM (
-        SELECT l.pool AS pool, l.minute AS minute, l.complete AS complete, i.interval_start AS interval_start,
-            count() OVER (PARTITION BY l.pool, i.interval_start) AS minutes
-        FROM (
-            SELECT pool, minute, complete FROM v_recomputes
-            WHERE minute >= {since:DateTime64(3, 'UTC')} - INTERVAL 1 HOUR
-                AND minute <= {until:DateTime64(3, 'UTC')} + INTERVAL 1 HOUR
-        ) AS l
-        ASOF JOIN intervals AS i ON l.pool = i.pool AND l.minute >= i.interval_start
-        WHERE l.minute < i.interval_end
-    ) AS r
-    INNER JOIN (SELECT * FROM money WHERE us = 0) AS c ON r.pool = c.pool AND r.interval_start = c.interval_start
-    WHERE r.minute >= {since:DateTime64(3, 'UTC')} AND r.minute <= {until:DateTime64(3, 'UTC')}
+    LEFT JOIN money AS c
+        ON m.pool = c.pool AND m.tenant = c.at_tenant AND m.kind = c.at_kind
+            AND if(m.minute < m.interval_end, m.interval_start, toDateTime64(0, 3, 'UTC')) = c.interval_start
+    WHERE m.kind != 'marker' OR c.known = 1
 );
 
 -- The fleet as it is, from the newest minute of each pool (none older than ten minutes: then nothing is known now).
