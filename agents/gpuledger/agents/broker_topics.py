@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from gpuledger.agents.exceptions import BrokerUnavailable, PublishError
 from gpuledger.agents.publisher import client_options
@@ -23,7 +24,8 @@ async def create_topics(settings: Kafka, names: Iterable[str] = TOPICS) -> list[
     from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
     wanted = {topic_name(settings.topic_prefix, name): name for name in names}
-    admin = AIOKafkaAdminClient(**client_options(settings))
+    # Untyped: what answers look like is the protocol's matter.
+    admin: Any = AIOKafkaAdminClient(**client_options(settings))
     try:
         await admin.start()
         missing = sorted(set(wanted) - set(await admin.list_topics()))

@@ -23,7 +23,7 @@ def parse_duration_ms(text: str) -> int:
     return int(match[1]) * _UNIT_MS[match[2] or ""]
 
 
-class _Duration(click.ParamType[int]):
+class _Duration(click.ParamType):
     name = "duration"
 
     def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
