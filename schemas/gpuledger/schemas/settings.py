@@ -152,6 +152,8 @@ def _expected_part(kind: inspect.Type) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, Decimal):
+        return str(value)
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
