@@ -47,15 +47,17 @@ class Totals:
     """
 
     events: Counter[str] = field(default_factory=Counter[str])
-    jobs: int = 0
+    job_ids: set[str] = field(default_factory=set[str])
     gpus: int = 0
-    allocations: int = 0
-    open_ended: int = 0
     held_gpu_us: Counter[str] = field(default_factory=Counter[str])
     unplaced_gpu_us: Counter[str] = field(default_factory=Counter[str])
     committed_gpu_us: Counter[str] = field(default_factory=Counter[str])
     pools: dict[str, int] = field(default_factory=dict[str, int])
     _open: set[str] = field(default_factory=set[str])
+
+    @property
+    def open_ended(self) -> int:
+        return len(self._open)
 
     def add(self, event: Event) -> None:
         self.events[event.kind] += 1
@@ -63,8 +65,7 @@ class Totals:
             case Allocation():
                 self._allocation(event)
             case Job():
-                # Told as it happened, a job is sent twice: its end (or its only event) counts.
-                self.jobs += event.ended_ms is not None or event.started_ms is None or event.revision % 2
+                self.job_ids.add(event.id)
             case Inventory():
                 self.gpus += len(event.placements)
                 for placement in event.placements:
@@ -80,16 +81,15 @@ class Totals:
 
     def _allocation(self, event: Allocation) -> None:
         if event.end_ms is None:
+            # Told as it happened, the end follows under the same id.
             self._open.add(event.id)
         else:
             self._open.discard(event.id)
-            self.allocations += 1
             # Weights are thousandths or whole, so the division is exact.
             gpu_us = (event.end_ms - event.start_ms) * 1000 * event.weight_num // event.weight_den
             self.held_gpu_us[event.account or UNATTRIBUTED] += gpu_us
             if event.gpu.startswith(f"{UNPLACED_NODE}/"):
                 self.unplaced_gpu_us[event.job_id] += gpu_us
-        self.open_ended = len(self._open)
 
 
 @dataclass(slots=True)

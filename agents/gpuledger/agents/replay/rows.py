@@ -75,7 +75,8 @@ def _iso_ms(text: str) -> int:
             f"expected Unix seconds or ISO 8601 with a zone, got {show(text)}; write 1588291200 or 2020-05-01T00:00:00Z"
         ) from None
     if moment.tzinfo is None:
-        raise ValueError(f'{show(text)} has no zone; write "{text}Z" for UTC or add an offset such as +01:00')
+        utc = f"{text}Z" if len(text) > 10 else f"{text}T00:00:00Z"
+        raise ValueError(f"{show(text)} has no zone; write {utc} for UTC or add an offset such as +01:00")
     if _TOO_FINE.search(text):
         raise ValueError(f"{show(text)} is finer than a millisecond; give at most 3 decimals")
     return (moment - _EPOCH) // _MILLISECOND
