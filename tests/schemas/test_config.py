@@ -122,7 +122,7 @@ def test_a_section_without_content_is_its_defaults() -> None:
         ("agent: {node: 12}", 'agent.node: expected text, got 12; write "12"'),
         (
             "agent: {period_ms: 1.5}",
-            ('agent.period_ms: expected a whole number from 100 to 60000, got 1.5; write 1000'),
+            ("agent.period_ms: expected a whole number from 100 to 60000, got 1.5; write 1000"),
         ),
         (
             "agent: {period_ms: true}",
