@@ -88,12 +88,7 @@ def _tier(job: TraceJob) -> int:
 
 
 def _claims_nowhere(job: TraceJob) -> tuple[Claim, ...]:
-    """One claim per GPU that no placement has, so that the time stays visible."""
-    if job.indexes:
-        pairs = zip(job.nodes, job.indexes, strict=True)
-        return tuple(
-            Claim(node, f"{UNPLACED_NODE}/{node}/{index}", job.milli) for node, indexes in pairs for index in indexes
-        )
+    """One claim per GPU, each on a name of its own that no placement has, so that the time stays visible."""
     return tuple(Claim(UNPLACED_NODE, f"{UNPLACED_NODE}/{job.job_id}/{n}", job.milli) for n in range(job.gpus))
 
 
