@@ -47,6 +47,7 @@ class Spool:
         self._taken: set[int] = set()
         self._retry_ms = 0
         self._say_dropped_ms = 0
+        self._dropping = False
         self.dropped = 0
         self.trouble = ""
         try:
@@ -112,7 +113,8 @@ class Spool:
             self._return_to_disk(now_ms)
             store = self._writable()
             try:
-                seq = store.seal_batch(run_id, from_ms, to_ms, now_ms, build)
+                # A batch that is dropped gives its gaps back: while batches are dropped, gaps wait and merge instead.
+                seq = store.seal_batch(run_id, from_ms, to_ms, now_ms, build, tell_gaps=not self._dropping)
                 self._bound(store, now_ms)
             except sqlite3.Error as error:
                 raise self._replace(store, error, now_ms) from error
@@ -143,6 +145,7 @@ class Spool:
         limit = self._max_bytes if on_disk else min(self._max_bytes, MEMORY_MAX_BYTES)
         keep = {number >> 1 for number in self._taken if (number & 1 == 0) == on_disk}
         dropped = store.shrink(limit, now_ms - self._max_age_ms, keep)
+        self._dropping = dropped > 0
         if dropped:
             self.dropped += dropped
             if now_ms >= self._say_dropped_ms:

@@ -133,13 +133,15 @@ class SpoolStore:
 
     # -- sealing ----------------------------------------------------------------------------------------------------
 
-    def seal_batch(self, run_id: str, from_ms: int, to_ms: int, now_ms: int, build: BuildBatch) -> int:
+    def seal_batch(
+        self, run_id: str, from_ms: int, to_ms: int, now_ms: int, build: BuildBatch, tell_gaps: bool = True
+    ) -> int:
         """Numbers and stores one batch of [from_ms, to_ms) in one transaction; the number of the batch in its run."""
         with self._transaction():
             row = self._db.execute("SELECT next_seq FROM runs WHERE run_id = ?", (run_id,)).fetchone()
             seq = 0 if row is None else int(row[0])
             waiting = self._db.execute(
-                "SELECT number, gap FROM gaps ORDER BY number LIMIT ?", (_MAX_GAPS_TOLD,)
+                "SELECT number, gap FROM gaps ORDER BY number LIMIT ?", (_MAX_GAPS_TOLD if tell_gaps else 0,)
             ).fetchall()
             gaps = [_gap_decoder.decode(gap) for _, gap in waiting]
             message = build(seq, gaps)
