@@ -172,10 +172,12 @@ class JobReplay:
 
     @property
     def expected(self) -> int:
-        told = 2 if self.scope.as_it_happened else 1
         accounts = {job.account for job in self._jobs()} - {""} if self.scope.tenants else set[str]()
-        claims = sum(len(placed.claims) for placed in self.held)
-        return len(accounts) + len(self.fleet.nodes) + told * (len(self.held) + claims) + len(self.without_gpu)
+        runs = 0
+        for placed in self.held:
+            twice = self.scope.as_it_happened and placed.job.end_ms is not None
+            runs += (1 + len(placed.claims)) * (2 if twice else 1)
+        return len(accounts) + len(self.fleet.nodes) + len(self.without_gpu) + runs
 
     def _jobs(self) -> Iterator[TraceJob]:
         yield from (placed.job for placed in self.held)
