@@ -5,6 +5,7 @@ on a data directory, the embedded engine for the length of the call.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,6 +157,9 @@ def _translated(settings: ClickHouse, error: Exception) -> DatabaseError:
     if code in _NOT_MIGRATED:
         return DatabaseError(f"clickhouse.database: {reason}; bring it up to date with: gpuledger db migrate")
     if code is None:
+        # The driver wraps the system's answer in three layers of its own words.
+        system = re.search(r"\[Errno -?\d+\] ([^\"')\]]+)", reason)
+        reason = system[1].lower() if system is not None else reason
         return DatabaseError(
             f"clickhouse.url: cannot use {settings.url}: {reason}; is the server running, and is the address right?"
         )

@@ -16,7 +16,7 @@ __all__ = ["JsonFormatter", "set_up_logs"]
 #: What a record has by itself; everything else came in as `extra`.
 _OWN_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
-#: Libraries that tell their life story at level info.
+#: Libraries that tell their life story at level info, and each retry as a warning: they are kept one level quieter.
 _TALKATIVE = ("aiokafka", "faust", "mode", "kafka", "urllib3", "clickhouse_connect", "uvicorn.access", "jgo", "cjdk")
 
 
@@ -53,15 +53,24 @@ class _TextFormatter(logging.Formatter):
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
+class _LibrariesQuieter(logging.Filter):
+    """On the handler, not on the libraries' loggers: some set their own level when they are imported."""
+
+    def __init__(self, level: str) -> None:
+        super().__init__()
+        self._least = {"debug": logging.INFO, "info": logging.WARNING}.get(level, logging.ERROR)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= self._least or not record.name.startswith(_TALKATIVE)
+
+
 def set_up_logs(level: str, layout: Literal["json", "text"]) -> None:
     """Send the logs of this process to standard error; may be called again, the last call counts."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_LibrariesQuieter(level))
     handler.setFormatter(JsonFormatter() if layout == "json" else _TextFormatter())
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level.upper())
-    quiet = max(logging.WARNING, root.level) if level != "debug" else logging.INFO
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(quiet)
