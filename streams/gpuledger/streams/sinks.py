@@ -1,0 +1,343 @@
+"""Where the records of each topic go: telemetry to fragments, events to facts, and both to dirty marks.
+
+`store` runs in the intake's thread and may be repeated; what it returns is looked up after the rows are stored, never
+before, so that a fact stored meanwhile by another worker is not missed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gpuledger.schemas.events import Allocation, Dirty, Inventory, Placement, Tenant, encode_event
+from gpuledger.schemas.exceptions import MessageError
+from gpuledger.schemas.telemetry import HostReading
+from gpuledger.streams.blocks import Record
+from gpuledger.streams.decode import TelemetryBlock, decode_block
+from gpuledger.streams.facts import StoredFact, decode_facts, documents, fact_rows, rank_of, touched
+from gpuledger.streams.fragments import fragments
+from gpuledger.streams.holders import UNPLACED_POOL
+from gpuledger.streams.intake import Rejected, Stored
+from gpuledger.streams.marks import MINUTE_MS, Marks
+from gpuledger.streams.store import Store
+
+__all__ = ["AHEAD_MS", "TICK_HEADER", "FactsSink", "TelemetrySink"]
+
+#: A record with this header only says that the partition has nothing older: it moves the frontier.
+TICK_HEADER = "gpuledger-tick"
+#: Marks reach this far past the broker's time: as far as event time may be ahead of it.
+AHEAD_MS = 120_000
+#: (node, boot) and allocation namings whose marks this process has sent and need no look-up again.
+_REMEMBERED = 200_000
+
+Send = Callable[[Dirty], Awaitable[None]]
+
+_TIME = pa.timestamp("ms", tz="UTC")
+
+
+def _is_tick(record: Record) -> bool:
+    return any(key == TICK_HEADER for key, _ in record.headers)
+
+
+def _progress(records: Iterable[Record], topic: str) -> pa.Table:
+    """How far the partitions are stored after these records."""
+    last: dict[int, tuple[int, int]] = {}
+    for record in records:
+        before = last.get(record.partition, (0, 0))
+        last[record.partition] = (max(before[0], record.timestamp_ms), max(before[1], record.offset))
+    return pa.table(
+        {
+            "topic": pa.array([topic] * len(last), type=pa.string()),
+            "partition": pa.array(list(last), type=pa.uint32()),
+            "appended_ms": pa.array([appended for appended, _ in last.values()], type=pa.int64()),
+            "offset": pa.array([offset for _, offset in last.values()], type=pa.int64()),
+        }
+    )
+
+
+class _Memory(OrderedDict[Any, int]):
+    """What has been marked already: a cache of bounded size, whose loss costs a look-up and nothing else."""
+
+    def remember(self, key: Any, value: int) -> None:
+        self[key] = value
+        self.move_to_end(key)
+        while len(self) > _REMEMBERED:
+            self.popitem(last=False)
+
+
+class _MarkingSink:
+    """Sends the marks of a stored block and waits for the broker."""
+
+    def __init__(self, store: Store, topic: str, send: Send) -> None:
+        self._store = store
+        self._topic = topic
+        self._send = send
+
+    async def after(self, stored: Stored[Marks]) -> None:
+        """Sends one dirty event per pool and range."""
+        for pool, ranges in stored.marks.merged().items():
+            for start, end in ranges:
+                await self._send(Dirty(pool=pool, from_ms=start, to_ms=end, why=stored.marks.why(pool)))
+
+
+class TelemetrySink(_MarkingSink):
+    """telemetry → fragments, host readings, gaps, confirmations, boots."""
+
+    def __init__(self, store: Store, send: Send, confirm_ms: int) -> None:
+        super().__init__(store, "telemetry", send)
+        self._confirm_ms = confirm_ms
+        self._named = _Memory()
+        self._boots = _Memory()
+
+    def store(self, records: Sequence[Record]) -> Stored[Marks]:
+        """Stores every message of the block that can be read; the others are rejected with their reasons."""
+        messages = [record for record in records if not _is_tick(record)]
+        block = decode_block(messages)
+        marks = Marks()
+        found = fragments(block)
+        if found is not None:
+            self._store.insert_by_day("fragments", found.table, "minute")
+        self._store_headers(block)
+        if found is not None:
+            pools = self._store.pools_of(found.gpus)
+            seen = {(gpu, minute) for gpu, minute in zip(found.gpus, found.minutes_ms.tolist(), strict=True)}
+            dirty = {(pool, minute) for gpu, minute in seen for pool in pools.get(gpu, ())}
+            for pool, minute in dirty:
+                marks.add(pool, minute, minute + MINUTE_MS, "telemetry")
+        self._mark_boots(block, marks)
+        self._mark_confirmations(block, marks)
+        self._store.insert("progress", _progress(records, self._topic))
+        return Stored(marks, [Rejected(messages[n], reason) for n, reason in block.rejected])
+
+    def _store_headers(self, block: TelemetryBlock) -> None:
+        hosts = [(header.node, header.host) for header in block.headers if header.host is not None]
+        if hosts:
+            self._store.insert_by_day("host_readings", _host_rows(hosts), "ts")
+        gaps = [(header.node, gap) for header in block.headers for gap in header.gaps]
+        if gaps:
+            fields = {"first_seq": pa.uint32(), "last_seq": pa.uint32(), "from_ms": pa.int64(), "to_ms": pa.int64()}
+            fields |= {"run_id": pa.string(), "batches": pa.uint32(), "reason": pa.string()}
+            columns = {name: pa.array([getattr(gap, name) for _, gap in gaps], type=t) for name, t in fields.items()}
+            self._store.insert("gaps", pa.table({"node": pa.array([node for node, _ in gaps]), **columns}))
+        boots = {(h.node, h.boot_id): h.boot_start_ms for h in reversed(block.headers)}
+        new = {key: start for key, start in boots.items() if self._boots.get(key) != start}
+        if new:
+            self._store.insert(
+                "boots",
+                pa.table(
+                    {
+                        "node": pa.array([node for node, _ in new]),
+                        "boot_id": pa.array([boot for _, boot in new]),
+                        "start_ms": pa.array(list(new.values()), type=pa.int64()),
+                    }
+                ),
+            )
+        named = _named(block)
+        if named:
+            self._store.insert("confirmed", _naming_rows(named, by_minute=False))
+            self._store.insert_by_day("confirmations", _naming_rows(named, by_minute=True), "minute")
+
+    def _mark_boots(self, block: TelemetryBlock, marks: Marks) -> None:
+        """A boot ends what an older boot of the node left without an end: from its start on."""
+        new = {(h.node, h.boot_id): h.boot_start_ms for h in block.headers}
+        new = {key: start for key, start in new.items() if self._boots.get(key) != start}
+        if not new:
+            return
+        until = int(block.appended_ms.max()) + AHEAD_MS
+        rows = self._store.rows(
+            "SELECT DISTINCT node, boot_id, gpu FROM allocations FINAL WHERE node IN {nodes:Array(String)} "
+            "AND end_ms IS NULL AND boot_id != ''",
+            {"nodes": sorted({node for node, _ in new})},
+        )
+        pools = self._store.pools_of(gpu for *_, gpu in rows)
+        for node, boot, gpu in rows:
+            for (other_node, other_boot), start in new.items():
+                if node == other_node and boot != other_boot:
+                    for pool in pools.get(gpu, ()):
+                        marks.add(pool, start, until, "boot")
+        for key, start in new.items():
+            self._boots.remember(key, start)
+
+    def _mark_confirmations(self, block: TelemetryBlock, marks: Marks) -> None:
+        """A naming at t after one at p turns [p + window, t + window) from unconfirmed to confirmed."""
+        named = _named(block)
+        if not named:
+            return
+        now = int(block.appended_ms.max()) + AHEAD_MS
+        latest: dict[str, int] = {}
+        for (allocation, _), t in named.items():
+            latest[allocation] = max(latest.get(allocation, 0), t)
+        unknown = [allocation for allocation in latest if allocation not in self._named]
+        before = self._earlier_namings(unknown, latest) | {a: self._named[a] for a in latest if a in self._named}
+        until = {allocation: min(t + self._confirm_ms, now) for allocation, t in latest.items()}
+        changed = [a for a, end in until.items() if before.get(a, 0) + self._confirm_ms < end]
+        for ids in _chunks(changed):
+            sql = "SELECT id, gpu, start_ms FROM allocations FINAL WHERE id IN {ids:Array(String)} AND end_ms IS NULL"
+            rows = self._store.rows(sql, {"ids": ids})
+            pools = self._store.pools_of(gpu for _, gpu, _ in rows)
+            for allocation, gpu, start_ms in rows:
+                start = max(before.get(allocation, 0), start_ms) + self._confirm_ms
+                for pool in pools.get(gpu, ()):
+                    marks.add(pool, start, until[allocation], "confirmation")
+        for allocation, t in latest.items():
+            self._named.remember(allocation, max(t, self._named.get(allocation, 0)))
+
+    def _earlier_namings(self, allocations: Sequence[str], latest: dict[str, int]) -> dict[str, int]:
+        """The latest naming stored in an earlier minute than the block's; redelivery does not change the answer."""
+        if not allocations:
+            return {}
+        minute = min(latest[allocation] for allocation in allocations) // MINUTE_MS * MINUTE_MS
+        rows = self._store.rows(
+            "SELECT allocation_id, max(named_ms) FROM confirmations WHERE allocation_id IN {ids:Array(String)} "
+            "AND minute < fromUnixTimestamp64Milli({minute:Int64}, 'UTC') GROUP BY allocation_id",
+            {"ids": list(allocations), "minute": minute},
+        )
+        return {allocation: int(t) for allocation, t in rows}
+
+
+def _named(block: TelemetryBlock) -> dict[tuple[str, int], int]:
+    """(allocation, minute) → the latest sample that named it as running."""
+    out: dict[tuple[str, int], int] = {}
+    if not any(header.running for header in block.headers):
+        return out
+    times = block.columns.column("ts_ms").to_numpy()
+    last = np.zeros(len(block.headers), dtype=np.int64)
+    np.maximum.at(last, block.message, times)
+    for header, t in zip(block.headers, last.tolist(), strict=True):
+        for allocation in header.running:
+            key = (allocation, t // MINUTE_MS * MINUTE_MS)
+            if t > out.get(key, 0):
+                out[key] = t
+    return out
+
+
+def _naming_rows(named: dict[tuple[str, int], int], by_minute: bool) -> pa.Table:
+    columns = {
+        "allocation_id": pa.array([allocation for allocation, _ in named]),
+        "named_ms": pa.array(list(named.values()), type=pa.int64()),
+    }
+    if by_minute:
+        columns["minute"] = pa.array([minute for _, minute in named], type=pa.int64()).cast(_TIME)
+    return pa.table(columns)
+
+
+def _host_rows(hosts: Sequence[tuple[str, HostReading]]) -> pa.Table:
+    types: dict[str, pa.DataType] = dict.fromkeys(("cpu_util_pct", "load_1m"), pa.float32())
+    types |= dict.fromkeys(("psi_cpu_pct", "psi_memory_pct", "psi_io_pct"), pa.float32())
+    types["cpu_count"] = pa.int32()
+    names = [name for name in HostReading.__struct_fields__ if name != "ts_ms"]
+    columns = {name: pa.array([getattr(h, name) for _, h in hosts], type=types.get(name, pa.int64())) for name in names}
+    ts = pa.array([host.ts_ms for _, host in hosts], type=pa.int64()).cast(_TIME)
+    return pa.table({"node": pa.array([node for node, _ in hosts]), "ts": ts, **columns})
+
+
+class FactsSink(_MarkingSink):
+    """allocations, inventory, jobs, capacity, rates, alerts → `facts` and the typed tables."""
+
+    def store(self, records: Sequence[Record]) -> Stored[Marks]:
+        """Stores the facts that are new; a fact repeated by a later message is neither stored nor marked again."""
+        facts: list[StoredFact] = []
+        inventories: list[tuple[Inventory, int]] = []
+        rejected: list[Rejected] = []
+        for record in records:
+            if _is_tick(record):
+                continue
+            try:
+                found, inventory = decode_facts(self._topic, record.value)
+            except MessageError as error:
+                rejected.append(Rejected(record, str(error)))
+                continue
+            where = (self._topic, record.partition, record.offset, record.timestamp_ms)
+            facts += [StoredFact(fact, rank_of(fact), *where) for fact in found]
+            if inventory is not None:
+                inventories.append((inventory, record.timestamp_ms))
+        facts = self._new(facts)
+        for table, rows in fact_rows(facts, inventories).items():
+            self._store.insert(table, rows)
+        now_ms = max((record.timestamp_ms for record in records), default=0) + AHEAD_MS
+        marks = self._marks(facts, now_ms)
+        self._store.insert("progress", _progress(records, self._topic))
+        return Stored(marks, rejected)
+
+    def _new(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
+        """Facts that no earlier offset of their partition has brought: those have been stored and marked already."""
+        first: dict[tuple[str, str, int], StoredFact] = {}
+        for fact in facts:
+            first.setdefault((fact.fact.kind, fact.fact.id, fact.rank), fact)
+        known: set[tuple[str, str, int, int]] = set()
+        for ids in _chunks([fact.fact.id for fact in first.values()]):
+            rows = self._store.rows(
+                "SELECT kind, id, rank, partition, min(offset) FROM facts WHERE id IN {ids:Array(String)} "
+                "AND topic = {topic:String} AND kind IN {kinds:Array(String)} GROUP BY kind, id, rank, partition",
+                {"ids": ids, "topic": self._topic, "kinds": sorted({fact.fact.kind for fact in first.values()})},
+            )
+            for kind, id_, rank, partition, offset in rows:
+                fact = first.get((kind, id_, rank))
+                if fact is not None and fact.partition == partition and offset < fact.offset:
+                    known.add((kind, id_, rank, partition))
+        return [fact for key, fact in first.items() if (*key, fact.partition) not in known]
+
+    def _marks(self, facts: Sequence[StoredFact], now_ms: int) -> Marks:
+        """The union of pools and ranges of every stored revision of each fact (and, for a placement, of the GPU's)."""
+        marks = Marks()
+        if not facts:
+            return marks
+        revisions = self._revisions(facts)
+        gpus = {fact.gpu for fact in revisions if isinstance(fact, (Allocation, Placement))}
+        pools_of = self._store.pools_of(gpus)
+        by_id: dict[tuple[str, str], list[Any]] = {}
+        for fact in revisions:
+            by_id.setdefault((fact.kind, fact.id), []).append(fact)
+        everywhere: list[tuple[int, int]] = []
+        for (kind, _), stored in by_id.items():
+            spans = [touched(fact, now_ms) for fact in stored]
+            start, end = min(a for a, _ in spans), max(b for _, b in spans)
+            if isinstance(stored[0], Tenant) or kind == "energy_tariff":
+                everywhere.append((start, end))
+                continue
+            pools: set[str] = set()
+            for fact in stored:
+                pools |= {fact.pool} if hasattr(fact, "pool") else set()
+                if isinstance(fact, (Allocation, Placement)):
+                    pools |= pools_of.get(fact.gpu, {UNPLACED_POOL})
+            for pool in pools:
+                marks.add(pool, start, end, kind)
+        if everywhere:
+            since = self._store.first_service_ms()
+            for start, end in everywhere:
+                for pool, first_ms in since.items():
+                    marks.add(pool, max(start, first_ms), end, "rates")
+        return marks
+
+    def _revisions(self, facts: Sequence[StoredFact]) -> list[Any]:
+        out: list[Any] = []
+        keyed: dict[str, list[str]] = {}
+        for fact in facts:
+            keyed.setdefault(fact.fact.kind, []).append(fact.fact.id)
+        for kind, ids in keyed.items():
+            for names in _chunks(ids):
+                sql = "SELECT document FROM facts WHERE kind = {kind:String} AND id IN {ids:Array(String)}"
+                out += documents(text for (text,) in self._store.rows(sql, {"kind": kind, "ids": names}))
+        gpus = sorted({fact.gpu for fact in out if isinstance(fact, Placement)})
+        for names in _chunks(gpus):
+            sql = (
+                "SELECT document FROM facts WHERE kind = 'placement' "
+                "AND id IN (SELECT id FROM placements WHERE gpu IN {gpus:Array(String)})"
+            )
+            out += documents(text for (text,) in self._store.rows(sql, {"gpus": names}))
+        return out
+
+
+def _chunks(names: Sequence[str], size: int = 2_000) -> Iterable[list[str]]:
+    unique = sorted(set(names))
+    for start in range(0, len(unique), size):
+        yield unique[start : start + size]
+
+
+def dirty_value(event: Dirty) -> tuple[bytes, bytes]:
+    """Key and value of a dirty mark."""
+    return event.pool.encode(), encode_event(event)

@@ -1,0 +1,210 @@
+"""The worker's side of ClickHouse: idempotent inserts, and the reads of facts and fragments.
+
+One `Store` belongs to one thread. Every insert is one block inside one partition; repeating it writes the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import clickhouse_connect
+import numpy as np
+import pyarrow as pa
+from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError
+from urllib3.exceptions import HTTPError
+
+from gpuledger.schemas.config import ClickHouse
+from gpuledger.schemas.events import AssetCost, EnergyTariff, RateCard, Tenant, decode_event
+from gpuledger.streams.holders import PoolFacts
+
+__all__ = ["Rate", "Store", "is_io_error"]
+
+Rate = AssetCost | EnergyTariff | RateCard
+
+#: Arrow input is lenient by default: NULL becomes 0 and unknown columns vanish. Not for a ledger.
+_INSERT_SETTINGS = {"input_format_null_as_default": 0, "input_format_skip_unknown_fields": 0}
+#: An insert above this may be cut into several parts, of which a crash could leave some.
+MAX_BLOCK_ROWS = 500_000
+#: Names in one bound array parameter.
+_MAX_NAMES = 5_000
+#: ClickHouse codes that are a matter of load or of being away, not of the data.
+_TRANSIENT_CODES = ("159", "160", "164", "202", "209", "210", "241", "242", "252", "319", "394", "425", "999")
+
+_PLACEMENTS = """
+    SELECT id, claimed_at, gpu, node, pool, start_ms, end_ms, cityHash64(id, rank) AS hash
+    FROM placements FINAL
+    WHERE void = 0 AND gpu IN (SELECT gpu FROM placements WHERE pool = {pool:String})
+"""
+_ALLOCATIONS = """
+    SELECT id, node, boot_id, gpu, instance, job_id, source, account, user, namespace, tenant, weight_num, weight_den,
+        start_ms, end_ms, named_ms, cityHash64(id, rank) AS hash
+    FROM allocations FINAL
+    LEFT JOIN (SELECT allocation_id, max(named_ms) AS named_ms FROM confirmed GROUP BY allocation_id) AS c
+        ON c.allocation_id = id
+    WHERE void = 0 AND start_ms < {to_ms:Int64} AND (end_ms IS NULL OR end_ms > {from_ms:Int64})
+        AND gpu IN (SELECT gpu FROM placements WHERE pool = {pool:String})
+    SETTINGS join_use_nulls = 1
+"""
+_UNPLACED = """
+    SELECT id, gpu, job_id, weight_num, weight_den, start_ms, end_ms FROM allocations FINAL
+    WHERE void = 0 AND start_ms < {to_ms:Int64} AND (end_ms IS NULL OR end_ms > {from_ms:Int64})
+        AND gpu NOT IN (SELECT gpu FROM placements)
+"""
+_BOOTS = "SELECT node, boot_id, min(start_ms) AS start_ms FROM boots GROUP BY node, boot_id"
+_COMMITMENTS = """
+    SELECT id, tenant, gpus, start_ms, end_ms, state, cityHash64(id, rank) AS hash FROM commitments FINAL
+    WHERE pool = {pool:String} AND start_ms < {to_ms:Int64} AND (end_ms IS NULL OR end_ms > {from_ms:Int64})
+"""
+_TRANSFERS = """
+    SELECT id, from_tenant, to_tenant, gpus, start_ms, end_ms, state, cityHash64(id, rank) AS hash FROM transfers FINAL
+    WHERE pool = {pool:String} AND start_ms < {to_ms:Int64} AND (end_ms IS NULL OR end_ms > {from_ms:Int64})
+"""
+_FRAGMENTS = """
+    SELECT minute, gpu, instance, run_start_ms, run_id, seq, segment_start_ms, segment_duration_ms, segment_activity,
+        segment_energy_from_mj, segment_energy_to_mj,
+        cityHash64(minute, gpu, instance, run_start_ms, run_id, seq, segment_start_ms, segment_duration_ms,
+            segment_activity, segment_energy_from_mj, segment_energy_to_mj) AS hash
+    FROM fragments FINAL
+    WHERE minute >= fromUnixTimestamp64Milli({from_ms:Int64}, 'UTC')
+        AND minute < fromUnixTimestamp64Milli({to_ms:Int64}, 'UTC')
+        AND gpu IN (SELECT gpu FROM placements WHERE pool = {pool:String})
+    SETTINGS do_not_merge_across_partitions_select_final = 1
+"""
+
+
+def is_io_error(error: Exception) -> bool:
+    """True for what another attempt may heal: the server is away, slow, full or restarting."""
+    if isinstance(error, (ConnectionError, TimeoutError, HTTPError, OSError)):
+        return True
+    if isinstance(error, OperationalError):
+        return True
+    if isinstance(error, DatabaseError):
+        code = getattr(error, "code", None)
+        text = str(error)
+        return str(code) in _TRANSIENT_CODES or any(f"Code: {code_}." in text for code_ in _TRANSIENT_CODES)
+    return False
+
+
+class Store:
+    """A connection. All times in parameters and answers are UTC milliseconds."""
+
+    def __init__(self, config: ClickHouse) -> None:
+        self._config = config
+        self._client: Any = None
+
+    @property
+    def client(self) -> Any:
+        """The driver's client, connected on first use."""
+        if self._client is None:
+            self._client = clickhouse_connect.get_client(
+                **self._config.client_arguments(), autogenerate_session_id=False, form_encode_query_params=True
+            )
+        return self._client
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    # -- generic
+
+    def insert(self, table: str, rows: pa.Table) -> None:
+        """One insert of at most MAX_BLOCK_ROWS rows of one partition (the caller's duty), durable when it returns."""
+        if rows.num_rows:
+            self.client.insert_arrow(table, rows.combine_chunks(), settings=_INSERT_SETTINGS)
+
+    def insert_by_day(self, table: str, rows: pa.Table, column: str) -> None:
+        """Inserts rows in blocks of one UTC day each, for tables partitioned by the day of `column`."""
+        day = rows.column(column).cast(pa.int64()).to_numpy() // 86_400_000
+        for value in np.unique(day).tolist():
+            part = rows.filter(pa.array(day == value))
+            for start in range(0, part.num_rows, MAX_BLOCK_ROWS):
+                self.insert(table, part.slice(start, MAX_BLOCK_ROWS))
+
+    def rows(self, sql: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+        """Rows of a small query."""
+        return list(self.client.query(sql, parameters=dict(parameters or {})).result_rows)
+
+    def table(self, sql: str, parameters: Mapping[str, Any] | None = None) -> pa.Table:
+        """A result as Arrow; strings as strings."""
+        settings = {"output_format_arrow_string_as_string": 1, "output_format_arrow_low_cardinality_as_dictionary": 0}
+        return self.client.query_arrow(sql, parameters=dict(parameters or {}), settings=settings)
+
+    # -- facts
+
+    def pool_facts(self, pool: str, from_ms: int, to_ms: int) -> PoolFacts:
+        """What decides who held what in the pool over [from_ms, to_ms). Tables also have a column `hash` (UInt64)."""
+        p = {"pool": pool, "from_ms": from_ms, "to_ms": to_ms}
+        return PoolFacts(
+            pool=pool,
+            placements=self.table(_PLACEMENTS, p),
+            allocations=self.table(_ALLOCATIONS, p),
+            boots=self.table(_BOOTS),
+            commitments=self.table(_COMMITMENTS, p),
+            transfers=self.table(_TRANSFERS, p),
+            tenants=self.tenants(),
+        )
+
+    def unplaced_allocations(self, from_ms: int, to_ms: int) -> pa.Table:
+        """Allocations on GPUs that no placement has ever named."""
+        return self.table(_UNPLACED, {"from_ms": from_ms, "to_ms": to_ms})
+
+    def tenants(self) -> list[Tenant]:
+        """The account map."""
+        documents = self.rows("SELECT document FROM rates FINAL WHERE kind = 'tenant' ORDER BY id")
+        return [fact for (text,) in documents if isinstance(fact := decode_event(text.encode()), Tenant)]
+
+    def rates(self, pool: str) -> list[Rate]:
+        """Asset costs and rate cards of the pool, and all tariffs."""
+        documents = self.rows(
+            "SELECT document FROM rates FINAL WHERE kind IN ('asset_cost', 'rate_card') AND pool = {pool:String} "
+            "OR kind = 'energy_tariff'",
+            {"pool": pool},
+        )
+        return [fact for (text,) in documents if isinstance(fact := decode_event(text.encode()), Rate)]
+
+    def pools(self) -> list[str]:
+        """Every pool that any fact names."""
+        sql = (
+            "SELECT DISTINCT pool FROM placements UNION DISTINCT SELECT DISTINCT pool FROM commitments "
+            "UNION DISTINCT SELECT DISTINCT pool FROM rates WHERE pool != ''"
+        )
+        return sorted(pool for (pool,) in self.rows(sql))
+
+    def first_service_ms(self) -> dict[str, int]:
+        """The earliest start of any placement or commitment, by pool."""
+        sql = (
+            "SELECT pool, min(start) FROM (SELECT pool, min(start_ms) AS start FROM placements GROUP BY pool "
+            "UNION ALL SELECT pool, min(start_ms) AS start FROM commitments GROUP BY pool) GROUP BY pool"
+        )
+        return {pool: int(start) for pool, start in self.rows(sql)}
+
+    def pools_of(self, gpus: Iterable[str]) -> dict[str, set[str]]:
+        """Every pool in which any stored revision of any placement puts each GPU."""
+        out: dict[str, set[str]] = {}
+        for names in _chunks(sorted(set(gpus))):
+            sql = "SELECT DISTINCT gpu, pool FROM placements WHERE gpu IN {gpus:Array(String)}"
+            for gpu, pool in self.rows(sql, {"gpus": names}):
+                out.setdefault(gpu, set()).add(pool)
+        return out
+
+    # -- fragments
+
+    def fragments(self, pool: str, from_ms: int, to_ms: int) -> pa.Table:
+        """Fragments of the pool's GPUs with minutes in [from_ms, to_ms), each once, and their `hash`."""
+        return self.table(_FRAGMENTS, {"pool": pool, "from_ms": from_ms, "to_ms": to_ms})
+
+    # -- how far everything has been stored
+
+    def stored_until_ms(self, gates: Mapping[str, int]) -> int:
+        """The smallest append time that every partition of the gating topics (name: partitions) has stored; 0 when
+        one has stored nothing yet."""
+        sql = "SELECT topic, partition, max(appended_ms) FROM progress GROUP BY topic, partition"
+        known = {(topic, int(partition)): int(ms) for topic, partition, ms in self.rows(sql)}
+        return min((known.get((topic, n), 0) for topic, count in gates.items() for n in range(count)), default=0)
+
+
+def _chunks(names: Sequence[str]) -> Iterable[list[str]]:
+    for start in range(0, len(names), _MAX_NAMES):
+        yield list(names[start : start + _MAX_NAMES])
