@@ -26,6 +26,7 @@ __all__ = [
     "RUN_FILE_NAME",
     "Running",
     "connect",
+    "connected",
     "data_option",
     "database",
     "migrate_database",
@@ -117,7 +118,7 @@ def database(session: Session, data: Path | None = None) -> Generator[Client]:
         LocalError: the directory is in use, or the engine did not start.
         CommandError: `data` is not a data directory.
     """
-    with served_database(session, data) as settings, _client(settings) as client:
+    with served_database(session, data) as settings, connected(settings) as client:
         yield client
 
 
@@ -127,7 +128,8 @@ def _embedded(settings: ClickHouse, url: str) -> ClickHouse:
 
 
 @contextmanager
-def _client(settings: ClickHouse) -> Generator[Client]:
+def connected(settings: ClickHouse) -> Generator[Client]:
+    """A client of the server inside the ``with`` block; as `database`, for a caller that has the settings."""
     client = connect(settings)
     from clickhouse_connect.driver.exceptions import ClickHouseError
 
@@ -168,15 +170,15 @@ def _translated(settings: ClickHouse, error: Exception) -> DatabaseError:
 
 def migrate_database(settings: ClickHouse) -> list[Migration]:
     """Makes the database where it is missing and applies what is pending; returns that. Raises DatabaseError."""
-    with _client(msgspec.structs.replace(settings, database="default")) as client:
+    with connected(msgspec.structs.replace(settings, database="default")) as client:
         client.command("CREATE DATABASE IF NOT EXISTS {name:Identifier}", parameters={"name": settings.database})
-    with _client(settings) as client:
+    with connected(settings) as client:
         return migrate(*_statements(client))
 
 
 def pending_migrations(settings: ClickHouse) -> list[Migration]:
     """What `migrate_database` would apply. Raises DatabaseError, also where there is no database yet."""
-    with _client(settings) as client:
+    with connected(settings) as client:
         return pending(*_statements(client))
 
 
