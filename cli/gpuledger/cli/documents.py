@@ -89,6 +89,9 @@ def _apply_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+_new_pools_option = click.option("--new-pools", is_flag=True, help="Take pools in which no GPU has been seen yet.")
+
+
 def _apply(services: Services, document: Document, current: Applied, *, dry_run: bool, yes: bool, listing: str) -> None:
     changes = diff(current, document)
     unchanged = len(document.events) - len(changes)
