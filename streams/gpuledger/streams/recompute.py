@@ -21,7 +21,7 @@ from gpuledger.streams.observed import Observed, observed
 from gpuledger.streams.pieces import MINUTE_MS, Pieces, expand, pieces
 from gpuledger.streams.reserved import Unheld, unheld
 
-__all__ = ["Amounts", "Ledger", "Window", "recompute"]
+__all__ = ["Amounts", "Ledger", "Window", "kinds", "recompute"]
 
 Ints = NDArray[np.int64]
 
@@ -69,6 +69,11 @@ class Amounts:
     def __len__(self) -> int:
         return len(self.us)
 
+    def take(self, rows: Ints) -> Amounts:
+        """The rows with these indexes."""
+        keys = tuple(key[rows] for key in self.keys)
+        return Amounts(keys, self.us[rows], self.energy_mj[rows], self.blind_us[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
@@ -80,6 +85,7 @@ class Ledger:
     and jobs is what nobody holds. `unheld` divides that; `unallocated_mj` is its energy per minute.
     """
 
+    pool: str
     window: Window
     spans: Spans
     accounts: list[tuple[str, bool]]
@@ -353,6 +359,7 @@ def recompute(facts: PoolFacts, fragments: pa.Table, window: Window) -> Ledger:
     np.add.at(unallocated_mj, by_minute.keys[0][nobody], by_minute.energy_mj[nobody])
     np.add.at(blind, by_minute.keys[0][nobody], by_minute.blind_us[nobody])
     return Ledger(
+        pool=facts.pool,
         window=window,
         spans=found,
         accounts=accounts,
