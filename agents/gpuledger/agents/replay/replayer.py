@@ -6,9 +6,10 @@ revisions and claim times are those of the trace.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -24,6 +25,8 @@ __all__ = ["UNATTRIBUTED", "Progress", "Sent", "Sink", "Totals", "send"]
 #: What the ledger calls the tenant of a job without an account.
 UNATTRIBUTED = "unattributed"
 BATCH = 2_000
+#: Batches handed to the sink at one time: more only hold memory.
+_IN_FLIGHT = 2
 
 
 class Sink(Protocol):
@@ -34,7 +37,7 @@ class Sink(Protocol):
         ...
 
 
-#: Called after each batch with the events sent so far and those expected.
+#: Called after each batch with the events acknowledged so far and those expected.
 Progress = Callable[[int, int], None]
 
 
@@ -58,6 +61,12 @@ class Totals:
     @property
     def open_ended(self) -> int:
         return len(self._open)
+
+    def counted(self, events: Iterable[Event]) -> Iterator[Event]:
+        """The same events, each added on its way."""
+        for event in events:
+            self.add(event)
+            yield event
 
     def add(self, event: Event) -> None:
         self.events[event.kind] += 1
@@ -110,7 +119,7 @@ class Sent:
 
 
 async def send(replay: Replay, sink: Sink, progress: Progress | None = None, batch: int = BATCH) -> Sent:
-    """Sends every event of `replay`, batch by batch, each acknowledged before the next.
+    """Sends every event of `replay`; while a batch waits for its acknowledgement the next one is made and handed over.
 
     Raises:
         PublishError: the broker did not take a message; what was sent before stays, and sending all again is safe.
@@ -120,15 +129,26 @@ async def send(replay: Replay, sink: Sink, progress: Progress | None = None, bat
     expected = replay.expected
     started_s = time.monotonic()
     events = iter(replay.events())
-    while chunk := list(islice(events, batch)):
-        messages: list[Message] = []
-        for event in chunk:
-            totals.add(event)
-            messages.append(event_message(event))
-        _remember(last, messages, await sink.publish_many(messages))
-        if progress is not None:
-            progress(totals.events.total(), expected)
-    return Sent(totals, last, time.monotonic() - started_s)
+    acknowledged = 0
+    waiting: deque[tuple[list[Message], asyncio.Task[list[Delivered]]]] = deque()
+    try:
+        while True:
+            messages = [event_message(event) for event in totals.counted(islice(events, batch))]
+            if messages:
+                waiting.append((messages, asyncio.create_task(sink.publish_many(messages))))
+            if not waiting:
+                return Sent(totals, last, time.monotonic() - started_s)
+            if len(waiting) < _IN_FLIGHT and messages:
+                continue
+            given, task = waiting.popleft()
+            _remember(last, given, await task)
+            acknowledged += len(given)
+            if progress is not None:
+                progress(acknowledged, expected)
+    finally:
+        for _, task in waiting:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in waiting), return_exceptions=True)
 
 
 def _remember(last: dict[tuple[str, int], int], messages: Sequence[Message], places: Sequence[Delivered]) -> None:
