@@ -203,6 +203,10 @@ class Worker:
     def wait(self, timeout_s: float = 30) -> int:
         return self.process.wait(timeout_s)
 
+    def release(self) -> None:
+        """Let a worker go on that holds at a barrier."""
+        self.process.send_signal(signal.SIGUSR1)
+
     def stop(self) -> tuple[int, float]:
         """SIGTERM; returns the exit status and the seconds it took."""
         started_s = time.monotonic()

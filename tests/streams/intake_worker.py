@@ -102,8 +102,10 @@ def make_app(config: dict[str, Any]) -> faust.App:
         if config.get("kill_at") == [name, passed[name]]:
             os.kill(os.getpid(), signal.SIGKILL)
         if config.get("hold_at") == [name, passed[name]]:
+            released = asyncio.Event()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, released.set)
             write(config["ready"], "held")
-            await asyncio.sleep(3600)
+            await released.wait()
         if config.get("seek_at") == [name, passed[name]]:
             await app.consumer.seek_wait({TP(config["topic"], 0): 0})
 
@@ -114,7 +116,10 @@ def make_app(config: dict[str, Any]) -> faust.App:
         try:
             await intake(stream, sink=sink, dead_letter=dead_letter, limits=limits, stats=stats, barrier=barrier)
         finally:
-            report = asdict(stats) | {"last_offset": {p: o for (_, p), o in stats.last_offset.items()}}
+            report = asdict(stats) | {
+                "last_offset": {p: o for (_, p), o in stats.last_offset.items()},
+                "held_bytes": stream.app.consumer.held_bytes(config["topic"]),
+            }
             write(config["report"], json.dumps(report))
 
     return app

@@ -174,6 +174,21 @@ def test_workers_that_join_and_leave_lose_nothing(kafka: str, tmp_path: Path) ->
         assert made.read(made.letters) == []
 
 
+def test_a_block_in_flight_across_a_rebalance_is_not_acknowledged(kafka: str, tmp_path: Path) -> None:
+    with bench(kafka, tmp_path) as made:
+        made.send(made.numbered(1_000))
+        first = made.start("first", hold_at=("marked", 2), faust=SMALL_BLOCKS, limits={"max_records": 100})
+        wait_until(first.ready.exists, "a block is held in flight")
+        second = made.start("second")
+        wait_until(lambda: "Worker ready" in second.log(), "the second worker has joined")
+        wait_until(lambda: first.log().count("Worker ready") == 2, "the first worker has shared its partitions")
+        first.release()
+        all_committed(made, 1_000)
+        assert first.stop()[0] == 0
+        assert first.stats()["dropped"] > 0
+        assert made.rows() == expected_rows(made, 1_000)
+
+
 def test_the_committed_offset_follows_the_last_acknowledged_block(kafka: str, tmp_path: Path) -> None:
     with bench(kafka, tmp_path, partitions=1) as made:
         made.send(made.numbered(1_000))
@@ -236,6 +251,17 @@ def test_a_slow_store_holds_fetching_back_and_the_membership_lasts(kafka: str, t
         assert worker.stop()[0] == 0
         assert made.query("select count(*) from seen")[0][0] == 2_000, "a lost membership would deliver twice"
         assert worker.log().count("Executing _on_partitions_assigned") == 1
+
+
+def test_an_outage_does_not_fill_the_memory(kafka: str, tmp_path: Path) -> None:
+    with bench(kafka, tmp_path, partitions=2) as made:
+        made.outage.touch()
+        made.send({p: [b"x" * 1_000] * 1_000 for p in range(2)})
+        worker = made.start(held_bytes=100_000, faust=SMALL_BLOCKS, limits={"max_records": 100})
+        wait_until(lambda: worker.log().count("the store is away") >= 6, "fetching had the time to go on")
+        assert worker.stop()[0] == 0
+        # A block of 50 records is 65 kB; each partition may pass the limit by one.
+        assert 0 < worker.stats()["held_bytes"] < 250_000
 
 
 def stops_in_time(worker: Worker) -> None:

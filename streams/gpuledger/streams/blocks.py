@@ -107,7 +107,7 @@ class OutstandingBlocks:
         self.expected = block.offset + 1
 
     def holds(self, block: _Acknowledged) -> bool:
-        """Whether this very block still waits for its acknowledgement."""
+        """Whether this very block is among them (also when only an earlier one keeps it from being settled)."""
         return any(outstanding is block for outstanding, _ in self._blocks)
 
     def committable(self) -> int | None:
@@ -151,9 +151,13 @@ class BlockConsumer(AIOKafkaConsumer):
         return topic in cast(BlockTransport, self.transport).block_topics
 
     def holds(self, message: Message) -> bool:
-        """Whether the block is still ours to acknowledge: False once its partition was revoked, sought or acked."""
+        """Whether the block is still ours to acknowledge: False once its partition was revoked or sought."""
         blocks = self._outstanding.get(message.tp)
         return blocks is not None and blocks.holds(message)
+
+    def held_bytes(self, topic: str) -> int:
+        """What was delivered of a block topic and is not acknowledged yet, in bytes of memory."""
+        return sum(blocks.held_bytes for tp, blocks in self._outstanding.items() if tp.topic == topic)
 
     # -- fetching
 
@@ -215,16 +219,14 @@ class BlockConsumer(AIOKafkaConsumer):
         return await self._getmany(active_partitions={_NO_PARTITION}, timeout=0.0), active
 
     def _held_back(self, active: set[TP]) -> set[TP]:
-        topic_bytes: dict[str, int] = {}
-        counts: dict[TP, int] = {}
-        for tp, blocks in self._outstanding.items():
-            counts[tp] = len(blocks)
-            topic_bytes[tp.topic] = topic_bytes.get(tp.topic, 0) + blocks.held_bytes
+        counts = {tp: count for tp, blocks in self._outstanding.items() if (count := len(blocks))}
+        full_topics = {
+            topic for topic in {tp.topic for tp in counts} if self.held_bytes(topic) >= self.topic_held_bytes
+        }
         return {
             tp
             for tp in active
-            if (count := counts.get(tp, 0))
-            and (count >= self.partition_held_blocks or topic_bytes[tp.topic] >= self.topic_held_bytes)
+            if tp in counts and (counts[tp] >= self.partition_held_blocks or tp.topic in full_topics)
         }
 
     def _wanted(self, tp: TP) -> bool:

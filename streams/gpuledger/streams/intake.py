@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
+from gpuledger.streams.blocking import BlockingThread
 from gpuledger.streams.blocks import BlockConsumer, Record
 from gpuledger.streams.exceptions import DataError, IntakeSetupError
 
@@ -35,7 +35,6 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 M = TypeVar("M")
-R = TypeVar("R")
 
 #: `await barrier("stored")` runs between store and marks, `await barrier("marked")` between marks and
 #: acknowledgement; fault tests stop or kill the process there.
@@ -149,7 +148,7 @@ async def intake(
 
 
 class _Abandoned(Exception):
-    """Every partition of the merged block has moved to another worker, which will store it."""
+    """The merged block is left to whoever gets its partitions next: they were revoked, or this worker stops."""
 
 
 class _Systemic(Exception):
@@ -161,49 +160,6 @@ class _Pending(NamedTuple):
     records: Sequence[Record]
     size_bytes: int
     arrived_s: float
-
-
-class _StoreThread:
-    """One daemon thread for blocking calls: a call that hangs cannot keep the process from ending."""
-
-    def __init__(self, name: str) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name=name, daemon=True).start()
-
-    async def call(self, function: Callable[[Sequence[Record]], R], records: Sequence[Record]) -> R:
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[R] = loop.create_future()
-
-        def settle(result: R | None, error: BaseException | None) -> None:
-            if answer.cancelled():
-                return
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(cast(R, result))
-
-        def work() -> None:
-            result: R | None = None
-            error: BaseException | None = None
-            try:
-                result = function(records)
-            except BaseException as exc:
-                # A future refuses StopIteration, and the caller would then wait for ever.
-                error = RuntimeError(repr(exc)) if isinstance(exc, StopIteration) else exc
-            try:
-                loop.call_soon_threadsafe(settle, result, error)
-            except RuntimeError:
-                _log.info("a store call ended after its event loop had closed")
-
-        self._calls.put(work)
-        return await answer
-
-    def close(self) -> None:
-        self._calls.put(None)
-
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            call()
 
 
 class _Intake(Generic[M]):
@@ -232,8 +188,8 @@ class _Intake(Generic[M]):
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
         self._merged: list[_Pending] = []
-        self._stopping = False
-        self._thread = _StoreThread(f"store-{type(sink).__name__}")
+        self._stopping = asyncio.Event()
+        self._thread = BlockingThread(f"store-{type(sink).__name__}")
 
     async def run(self, stream: Any) -> None:
         reader = asyncio.create_task(self._read(stream))
@@ -292,7 +248,7 @@ class _Intake(Generic[M]):
     # -- the order: store, marks, dead letters, acknowledgement
 
     async def _flush(self) -> None:
-        while not self._stopping:
+        while not self._stopping.is_set():
             self._merged = await self._gathered()
             if not self._merged:
                 continue
@@ -303,7 +259,7 @@ class _Intake(Generic[M]):
                 await self._take_through(records)
             except _Abandoned:
                 self._stats.dropped += len(records)
-                _log.info("left a block of %d records to the worker that took its partitions over", len(records))
+                _log.info("left a block of %d records to the next owner of its partitions", len(records))
             self._stats.in_flight_records = 0
             self._merged = []
 
@@ -364,7 +320,7 @@ class _Intake(Generic[M]):
         while True:
             started_ns = time.monotonic_ns()
             try:
-                return await self._thread.call(self._sink.store, records)
+                return await self._thread.call(lambda: self._sink.store(records))
             except Exception as exc:
                 if not self._is_io_error(exc):
                     raise
@@ -385,21 +341,22 @@ class _Intake(Generic[M]):
             attempt += 1
 
     async def _pause(self, what: str, attempt: int, error: Exception) -> None:
-        """Wait before another attempt; raises _Abandoned once no partition of the block is ours any more."""
+        """Wait before another attempt; raises _Abandoned when that is not for this worker any more."""
         self._stats.retries += 1
         self._stats.last_error = f"{what}: {_reason(error)}"
         longest_ms = min(self._limits.backoff_max_ms, self._limits.backoff_first_ms << min(attempt, 20))
         pause_ms = random.randint(longest_ms // 2, longest_ms)
         _log.warning("%s failed (attempt %d), again in %d ms: %s", what, attempt + 1, pause_ms, _reason(error))
-        await asyncio.sleep(pause_ms / 1000)
-        if not any(self._consumer.holds(block.event.message) for block in self._merged):
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), timeout=pause_ms / 1000)
+        if self._stopping.is_set() or not any(self._consumer.holds(block.event.message) for block in self._merged):
             raise _Abandoned
 
     # -- the end
 
     async def _drain(self, flusher: asyncio.Task[NoReturn] | asyncio.Task[None]) -> None:
         """Let the block in flight be acknowledged; Faust cancels an agent more than once while it stops."""
-        self._stopping = True
+        self._stopping.set()
         deadline_s = time.monotonic() + self._limits.drain_ms / 1000
         if not self._merged:
             flusher.cancel()
