@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -80,6 +80,11 @@ class RunKeeper:
     def renew(self) -> Run:
         """Begins a new run now, whatever the clocks say."""
         self.run = self._begin()
+        return self.run
+
+    def rename(self, start_ms: int) -> Run:
+        """A new run whose clock is the present one's, for rows measured since `start_ms` whose numbers were lost."""
+        self.run = replace(self.run, run_id=self._new_id(), start_ms=start_ms)
         return self.run
 
     def wall_step_ms(self) -> int:

@@ -242,14 +242,14 @@ class Spool:
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 
-    def placements(self) -> dict[str, Placement]:
-        """GPU → the placement last saved."""
+    def placements(self) -> list[Placement]:
+        """The placements last saved."""
         with self._lock:
             try:
-                return self._disk.placements() if self._disk is not None else {}
+                return self._disk.placements() if self._disk is not None else []
             except sqlite3.Error as error:
                 log.warning("placements of the last start cannot be read: %s", error)
-                return {}
+                return []
 
     def save_placements(self, placements: Sequence[Placement]) -> None:
         with self._lock:

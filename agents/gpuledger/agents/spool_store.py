@@ -42,7 +42,7 @@ CREATE TABLE messages (
 );
 CREATE TABLE gaps (number INTEGER PRIMARY KEY AUTOINCREMENT, gap BLOB NOT NULL);
 CREATE TABLE rejected (number INTEGER PRIMARY KEY, reason TEXT NOT NULL, topic TEXT, key TEXT, value BLOB);
-CREATE TABLE placements (gpu TEXT PRIMARY KEY, placement BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE placements (id TEXT PRIMARY KEY, placement BLOB NOT NULL) WITHOUT ROWID;
 """
 #: Gap records of one run that one batch tells; the rest waits for the next batch.
 _MAX_GAPS_TOLD = 32
@@ -283,16 +283,18 @@ class SpoolStore:
         with self._transaction():
             self._db.execute("DELETE FROM runs WHERE run_id <> ?", (keep,))
 
-    def placements(self) -> dict[str, Placement]:
-        """GPU → the placement that was last told, so that a restart does not place it anew."""
-        rows = self._db.execute("SELECT gpu, placement FROM placements ORDER BY gpu").fetchall()
-        return {gpu: msgspec.json.decode(data, type=Placement) for gpu, data in rows}
+    def placements(self) -> list[Placement]:
+        """The placements that were told, so that a restart does not place the GPUs anew; by id."""
+        rows = self._db.execute("SELECT placement FROM placements ORDER BY id").fetchall()
+        return [msgspec.json.decode(data, type=Placement) for (data,) in rows]
 
     def save_placements(self, placements: Sequence[Placement]) -> None:
+        """Keeps exactly these."""
         with self._transaction():
+            self._db.execute("DELETE FROM placements")
             self._db.executemany(
-                "INSERT INTO placements VALUES (?, ?) ON CONFLICT (gpu) DO UPDATE SET placement = excluded.placement",
-                [(placement.gpu, msgspec.json.encode(placement)) for placement in placements],
+                "INSERT INTO placements VALUES (?, ?)",
+                [(placement.id, msgspec.json.encode(placement)) for placement in placements],
             )
 
     def probe(self) -> None:

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 DEADLINE_S = 2.0
 START_DEADLINE_S = 20.0
 
+#: One thread for what is not about one GPU, for all attempts of the process: those on a hung driver do not pile up.
+_STARTER = Watched("nvml")
+
 Reader = Callable[[Any, Any], dict[str, Cell]]
 
 
@@ -198,9 +201,8 @@ class NvmlCollector:
             NvmlUnavailable: no library, no driver, or no answer in time.
         """
         self._deadline_s = deadline_s
-        self._main = Watched("nvml")
         try:
-            self._nvml, self._gpus, self._versions = self._main.call(_start, START_DEADLINE_S)
+            self._nvml, self._gpus, self._versions = _STARTER.call(_start, START_DEADLINE_S)
         except CallHung as error:
             raise NvmlUnavailable(f"the NVIDIA driver does not answer: {error}") from error
 
@@ -214,7 +216,7 @@ class NvmlCollector:
         """Only a device that went away and came back as another is seen: handles are looked up again by UUID."""
         before = self.devices()
         try:
-            found = self._main.call(lambda: _find(self._nvml), self._deadline_s)
+            found = _STARTER.call(lambda: _find(self._nvml), self._deadline_s)
         except (CallHung, NvmlUnavailable):
             return False
         known = {gpu.info: gpu for gpu in self._gpus}
@@ -257,7 +259,6 @@ class NvmlCollector:
         )
 
     def close(self) -> None:
-        self._main.close()
         for gpu in self._gpus:
             gpu.thread.close()
 
