@@ -47,7 +47,8 @@ class Threshold:
 class Panel:
     """One panel. `description` says what it shows, what a bad value means and what to do; `empty` what to do when the
     query returns no rows. `key` names the columns that identify a row. `width` counts 24ths, `height` Grafana's rows.
-    `range` "" is the board's; `refresh_s` is how often the page asks, `step_s` the distance of points in time.
+    `range` "" is the board's; `refresh_s` is how often the page asks, `step_s` the distance of points in time,
+    `look` how the page draws a table.
     """
 
     id: str
@@ -66,6 +67,7 @@ class Panel:
     refresh_s: int = 2
     step_s: int = 60
     stacked: bool = True
+    look: Literal["table", "checks", "alerts"] = "table"
 
     def column(self, role: Role) -> Column | None:
         """The first column of a role."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpuledger.dashboards.panels import Annotation, Board, Column, Panel, Threshold
+from gpuledger.dashboards.panels import Annotation, Board, Column, Panel
 
 __all__ = ["LIVE"]
 
@@ -38,7 +38,7 @@ COST_RATE = Panel(
     columns=(
         _CURRENCY,
         Column("cost_per_second", "Cost per second", "value", "money_per_second"),
-        Column("cost_per_hour", "per hour", "second", "money_per_hour"),
+        Column("cost_per_hour", "an hour", "second", "money"),
     ),
     unit="money_per_second",
     empty=_NO_MINUTES,
@@ -281,7 +281,7 @@ RUNNING_JOBS = Panel(
     "time in which they worked. A low share on many GPUs is worth a call to its user.",
     kind="table",
     sql="SELECT job_id, name, tenant, user, gpus, active_share, asset_cost, charge, asset_currency AS currency, "
-    "started_at, cost_since FROM v_running_jobs WHERE started_at <= $__toTime "
+    "started_at, nullIf(cost_since, started_at) AS cost_since FROM v_running_jobs WHERE started_at <= $__toTime "
     "ORDER BY asset_cost DESC NULLS LAST, job_id LIMIT 200",
     columns=(
         Column("job_id", "Job", "category"),
@@ -316,7 +316,7 @@ HEALTH = Panel(
         Column("action", "What to do"),
     ),
     empty="The ledger has no checks. Bring the database up to date: gpuledger db migrate.",
-    thresholds=(Threshold(0, "ok"),),
+    look="checks",
     width=8,
     height=10,
 )
@@ -340,6 +340,7 @@ ALERTS = Panel(
         Column("action", "What to do"),
     ),
     empty="No alert is firing.",
+    look="alerts",
     width=16,
     height=7,
     refresh_s=2,
