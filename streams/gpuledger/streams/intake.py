@@ -30,6 +30,7 @@ __all__ = [
     "Stored",
     "intake",
     "is_connection_error",
+    "no_barrier",
 ]
 
 _log = logging.getLogger(__name__)

@@ -6,16 +6,19 @@ before, so that a fact stored meanwhile by another worker is not missed.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from gpuledger.schemas.events import Allocation, Dirty, Inventory, Placement, Tenant, encode_event
+from gpuledger.schemas.events import Allocation, Dirty, Inventory, Placement, Tenant
 from gpuledger.schemas.exceptions import MessageError
 from gpuledger.schemas.telemetry import HostReading
+from gpuledger.streams.blocking import BlockingThread
 from gpuledger.streams.blocks import Record
 from gpuledger.streams.decode import TelemetryBlock, decode_block
 from gpuledger.streams.facts import StoredFact, decode_facts, documents, fact_rows, rank_of, touched
@@ -25,7 +28,7 @@ from gpuledger.streams.intake import Rejected, Stored
 from gpuledger.streams.marks import MINUTE_MS, Marks
 from gpuledger.streams.store import Store
 
-__all__ = ["AHEAD_MS", "TICK_HEADER", "FactsSink", "TelemetrySink"]
+__all__ = ["AHEAD_MS", "TICK_HEADER", "FactsSink", "Followup", "TelemetrySink"]
 
 #: A record with this header only says that the partition has nothing older: it moves the frontier.
 TICK_HEADER = "gpuledger-tick"
@@ -69,19 +72,35 @@ class _Memory(OrderedDict[Any, int]):
             self.popitem(last=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Followup:
+    """What is due once a block is stored: its marks, then how far its partitions have come."""
+
+    marks: Marks
+    progress: pa.Table
+
+
 class _MarkingSink:
-    """Sends the marks of a stored block and waits for the broker."""
+    """Sends the marks of a stored block, waits for the broker, and then writes down the progress: whoever reads there
+    that an offset is stored knows that its marks are out."""
 
     def __init__(self, store: Store, topic: str, send: Send) -> None:
         self._store = store
         self._topic = topic
         self._send = send
+        self._thread = BlockingThread(f"progress-{topic}")
 
-    async def after(self, stored: Stored[Marks]) -> None:
-        """Sends one dirty event per pool and range."""
-        for pool, ranges in stored.marks.merged().items():
-            for start, end in ranges:
-                await self._send(Dirty(pool=pool, from_ms=start, to_ms=end, why=stored.marks.why(pool)))
+    async def after(self, stored: Stored[Followup]) -> None:
+        """Sends one dirty event per pool and range, all at once, then stores the progress."""
+        marks = stored.marks.marks
+        events = [
+            Dirty(pool=pool, from_ms=start, to_ms=end, why=marks.why(pool))
+            for pool, ranges in marks.merged().items()
+            for start, end in ranges
+        ]
+        await asyncio.gather(*(self._send(event) for event in events))
+        # The intake's thread is idle while `after` runs, so the connection is ours.
+        await self._thread.call(lambda _: self._store.insert("progress", stored.marks.progress), ())
 
 
 class TelemetrySink(_MarkingSink):
@@ -93,7 +112,7 @@ class TelemetrySink(_MarkingSink):
         self._named = _Memory()
         self._boots = _Memory()
 
-    def store(self, records: Sequence[Record]) -> Stored[Marks]:
+    def store(self, records: Sequence[Record]) -> Stored[Followup]:
         """Stores every message of the block that can be read; the others are rejected with their reasons."""
         messages = [record for record in records if not _is_tick(record)]
         block = decode_block(messages)
@@ -110,8 +129,10 @@ class TelemetrySink(_MarkingSink):
                 marks.add(pool, minute, minute + MINUTE_MS, "telemetry")
         self._mark_boots(block, marks)
         self._mark_confirmations(block, marks)
-        self._store.insert("progress", _progress(records, self._topic))
-        return Stored(marks, [Rejected(messages[n], reason) for n, reason in block.rejected])
+        return Stored(
+            Followup(marks, _progress(records, self._topic)),
+            [Rejected(messages[n], reason) for n, reason in block.rejected],
+        )
 
     def _store_headers(self, block: TelemetryBlock) -> None:
         hosts = [(header.node, header.host) for header in block.headers if header.host is not None]
@@ -238,7 +259,7 @@ def _host_rows(hosts: Sequence[tuple[str, HostReading]]) -> pa.Table:
 class FactsSink(_MarkingSink):
     """allocations, inventory, jobs, capacity, rates, alerts → `facts` and the typed tables."""
 
-    def store(self, records: Sequence[Record]) -> Stored[Marks]:
+    def store(self, records: Sequence[Record]) -> Stored[Followup]:
         """Stores the facts that are new; a fact repeated by a later message is neither stored nor marked again."""
         facts: list[StoredFact] = []
         inventories: list[tuple[Inventory, int]] = []
@@ -260,8 +281,7 @@ class FactsSink(_MarkingSink):
             self._store.insert(table, rows)
         now_ms = max((record.timestamp_ms for record in records), default=0) + AHEAD_MS
         marks = self._marks(facts, now_ms)
-        self._store.insert("progress", _progress(records, self._topic))
-        return Stored(marks, rejected)
+        return Stored(Followup(marks, _progress(records, self._topic)), rejected)
 
     def _new(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
         """Facts that no earlier offset of their partition has brought: those have been stored and marked already."""
@@ -336,8 +356,3 @@ def _chunks(names: Sequence[str], size: int = 2_000) -> Iterable[list[str]]:
     unique = sorted(set(names))
     for start in range(0, len(unique), size):
         yield unique[start : start + size]
-
-
-def dirty_value(event: Dirty) -> tuple[bytes, bytes]:
-    """Key and value of a dirty mark."""
-    return event.pool.encode(), encode_event(event)

@@ -1,0 +1,210 @@
+"""What is left to compute, in which order: dirty marks to slices. Pure: clocks come in as arguments.
+
+The newest minutes come first, so that a backlog never delays what people are watching; older ranges go in slices of
+bounded time. A block of marks is finished when every minute of it has been computed by a slice that began after it
+was taken.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+from gpuledger.streams.marks import MINUTE_MS, Ranges
+
+__all__ = ["DirtyQueue", "Pace", "Slice"]
+
+B = TypeVar("B")
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Minutes [from_ms, to_ms) of a pool to compute: minute rows alone, or everything ('hours').
+
+    `partition` and `offset`: the last mark taken before the slice began; they are its version. `taken` counts the
+    blocks that were there then.
+    """
+
+    kind: Literal["minutes", "hours"]
+    pool: str
+    from_ms: int
+    to_ms: int
+    partition: int
+    offset: int
+    taken: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How time is shared. `unit_ms`: slices of older time are multiples of it; `live_ms`: younger minutes are computed
+    on their own, at most every `live_every_ms` per pool; `slice_ms`: time for older slices; `settle_ms`: how long an
+    older range waits for more marks of its pool, at most `patience_ms`; the unit still open is computed every
+    `open_every_ms`, or after `open_share` times what it took."""
+
+    unit_ms: int
+    live_ms: int = 600_000
+    live_every_ms: int = 1_000
+    slice_ms: int = 500
+    settle_ms: int = 1_500
+    patience_ms: int = 15_000
+    open_every_ms: int = 5_000
+    open_share: int = 15
+
+
+@dataclass(slots=True)
+class _Block(Generic[B]):
+    handle: B
+    partition: int
+    number: int
+    minutes: dict[str, Ranges]
+    hours: dict[str, Ranges]
+
+    def is_done(self) -> bool:
+        return not any(self.minutes.values()) and not any(self.hours.values())
+
+
+@dataclass(slots=True)
+class _Pool:
+    partition: int
+    offset: int
+    live_at: int = -(10**9)
+    open_at: int = -(10**9)
+    open_took: int = 0
+    marked_at: int = 0
+    waiting_since: int | None = None
+    unit_cost_ms: float = 50.0
+
+
+@dataclass(slots=True)
+class DirtyQueue(Generic[B]):
+    """Blocks of marks in, slices out, finished blocks back in the order of their partitions.
+
+    `now_ms` is UTC; `clock_ms` any monotonic clock. One slice is under way at a time: `done` or `failed` ends it.
+    """
+
+    pace: Pace
+    _blocks: dict[int, deque[_Block[B]]] = field(default_factory=dict[int, "deque[_Block[B]]"])
+    _pools: dict[str, _Pool] = field(default_factory=dict[str, _Pool])
+    _taken: int = 0
+
+    def __len__(self) -> int:
+        return sum(len(blocks) for blocks in self._blocks.values())
+
+    def add(self, handle: B, partition: int, offset: int, marks: dict[str, Ranges], now_ms: int, clock_ms: int) -> None:
+        """Takes a block whose last record is at `offset`. Minutes after the open one are left to their own marks."""
+        open_end = now_ms // MINUTE_MS * MINUTE_MS + MINUTE_MS
+        self._taken += 1
+        minutes = {pool: ranges.clip(now_ms - self.pace.live_ms, open_end) for pool, ranges in marks.items()}
+        minutes = {pool: ranges.widen(MINUTE_MS) for pool, ranges in minutes.items()}
+        hours = {pool: ranges.clip(0, open_end).widen(self.pace.unit_ms) for pool, ranges in marks.items()}
+        self._blocks.setdefault(partition, deque()).append(_Block(handle, partition, self._taken, minutes, hours))
+        for state in self._pools.values():
+            if state.partition == partition:
+                state.offset = max(state.offset, offset)
+        for pool, ranges in hours.items():
+            state = self._pools.setdefault(pool, _Pool(partition, offset))
+            state.partition, state.offset = partition, max(state.offset, offset)
+            if ranges and any(start + self.pace.unit_ms <= now_ms for start, _ in ranges):
+                state.marked_at = clock_ms
+                state.waiting_since = clock_ms if state.waiting_since is None else state.waiting_since
+
+    def _outstanding(self, pool: str, kind: Literal["minutes", "hours"]) -> Ranges:
+        found: list[tuple[int, int]] = []
+        for block in self._blocks.get(self._pools[pool].partition, ()):
+            found += getattr(block, kind).get(pool, ())
+        return Ranges(found)
+
+    def next(self, now_ms: int, clock_ms: int) -> Slice | None:
+        """The slice to compute now; None when nothing is due yet."""
+        live = sorted(self._pools, key=lambda pool: self._pools[pool].live_at)
+        for pool in live:
+            found = self._live(pool, clock_ms)
+            if found is not None:
+                return found
+        for pool in live:
+            found = self._open(pool, now_ms, clock_ms)
+            if found is not None:
+                return found
+        older = [found for pool in self._pools if (found := self._older(pool, now_ms, clock_ms)) is not None]
+        return max(older, key=lambda found: found.to_ms, default=None)
+
+    def _slice(self, kind: Literal["minutes", "hours"], pool: str, from_ms: int, to_ms: int) -> Slice:
+        state = self._pools[pool]
+        return Slice(kind, pool, from_ms, to_ms, state.partition, state.offset, self._taken)
+
+    def _live(self, pool: str, clock_ms: int) -> Slice | None:
+        state = self._pools[pool]
+        if clock_ms < state.live_at + self.pace.live_every_ms:
+            return None
+        ranges = list(self._outstanding(pool, "minutes"))
+        if not ranges:
+            return None
+        state.live_at = clock_ms
+        return self._slice("minutes", pool, *ranges[-1])
+
+    def _open(self, pool: str, now_ms: int, clock_ms: int) -> Slice | None:
+        """The unit that is not over yet, up to the end of the open minute."""
+        state, unit = self._pools[pool], self.pace.unit_ms
+        start = now_ms // unit * unit
+        if clock_ms < state.open_at + max(self.pace.open_every_ms, self.pace.open_share * state.open_took):
+            return None
+        if not self._outstanding(pool, "hours").clip(start, start + unit):
+            return None
+        state.open_at = clock_ms
+        return self._slice("hours", pool, start, now_ms // MINUTE_MS * MINUTE_MS + MINUTE_MS)
+
+    def _older(self, pool: str, now_ms: int, clock_ms: int) -> Slice | None:
+        state, unit = self._pools[pool], self.pace.unit_ms
+        ranges = list(self._outstanding(pool, "hours").clip(0, now_ms // unit * unit))
+        if not ranges:
+            state.waiting_since = None
+            return None
+        settled = clock_ms >= state.marked_at + self.pace.settle_ms
+        if not settled and clock_ms < (state.waiting_since or 0) + self.pace.patience_ms:
+            return None
+        units = max(1, int(self.pace.slice_ms / max(state.unit_cost_ms, 0.01)))
+        start, end = ranges[-1]
+        return self._slice("hours", pool, max(start, end - units * unit), end)
+
+    def done(self, slice_: Slice, took_ms: int) -> None:
+        """The slice has been written."""
+        state, unit = self._pools[slice_.pool], self.pace.unit_ms
+        end = slice_.to_ms
+        if slice_.kind == "hours":
+            is_open = end % unit != 0
+            if is_open:
+                state.open_took = took_ms
+                end = -(-end // unit) * unit
+            else:
+                cost = max(took_ms, 1) * unit / (end - slice_.from_ms)
+                # Slower at once, faster by halves: one slow slice must not be followed by a hundred like it.
+                state.unit_cost_ms = max(cost, (state.unit_cost_ms + cost) / 2)
+        for block in self._blocks.get(slice_.partition, ()):
+            if block.number > slice_.taken:
+                break
+            if slice_.kind == "hours" and slice_.pool in block.hours:
+                block.hours[slice_.pool].remove(slice_.from_ms, end)
+            if slice_.pool in block.minutes:
+                block.minutes[slice_.pool].remove(slice_.from_ms, slice_.to_ms)
+
+    def finished(self) -> list[tuple[B, int]]:
+        """(handle, partition) of blocks that are done, with every block before them in their partition."""
+        out: list[tuple[B, int]] = []
+        for partition, blocks in self._blocks.items():
+            while blocks and blocks[0].is_done():
+                out.append((blocks.popleft().handle, partition))
+        return out
+
+    def drop(self, held: Callable[[B], bool]) -> None:
+        """Forgets blocks that are no longer ours; whoever has their partition takes them again."""
+        for partition, blocks in self._blocks.items():
+            kept = deque(block for block in blocks if held(block.handle))
+            if len(kept) != len(blocks):
+                self._blocks[partition] = kept
+
+    def backlog(self) -> tuple[int, int]:
+        """(blocks not finished, minutes still to compute for the oldest time) for /metrics and `status`."""
+        ranges = [r for pool in self._pools for r in self._outstanding(pool, "hours")]
+        return len(self), sum(end - start for start, end in ranges) // MINUTE_MS

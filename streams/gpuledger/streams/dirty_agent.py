@@ -1,0 +1,244 @@
+"""The Faust agent of the dirty topic: takes marks, computes slices in a thread, acknowledges what is finished.
+
+It does not use `intake`, because it goes on taking marks while older ones are still being computed: the newest minute
+must not wait for a backlog. Acknowledgements are strict prefixes all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from gpuledger.schemas.events import Dirty, decode_event
+from gpuledger.schemas.exceptions import MessageError
+from gpuledger.streams.blocking import BlockingThread
+from gpuledger.streams.blocks import Record
+from gpuledger.streams.dirty import DirtyQueue, Pace, Slice
+from gpuledger.streams.holders import UNPLACED_POOL
+from gpuledger.streams.intake import Barrier, DeadLetter, no_barrier
+from gpuledger.streams.ledger_rows import Version
+from gpuledger.streams.marks import Marks
+from gpuledger.streams.recomputer import Recomputer
+from gpuledger.streams.store import Store, is_io_error
+
+__all__ = ["DirtyStats", "dirty_marks", "take_dirty"]
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_LONGEST_PAUSE_S = 30.0
+
+
+@dataclass(slots=True)
+class DirtyStats:
+    """Counters since the start, for /metrics and `status`; durations in milliseconds."""
+
+    marks: int = 0
+    slices: int = 0
+    rows: int = 0
+    retries: int = 0
+    dead_letters: int = 0
+    busy_ms: int = 0
+    last_live_ms: int = 0
+    backlog_blocks: int = 0
+    backlog_minutes: int = 0
+    last_error: str | None = None
+    last_offset: dict[int, int] = field(default_factory=dict[int, int])
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    event: Any
+    offset: int
+    timestamp_ms: int
+
+
+def dirty_marks(record: Record) -> Dirty:
+    """The mark of one record. Raises MessageError."""
+    if not record.value:
+        raise MessageError("value: is empty; expected a dirty mark as JSON")
+    event = decode_event(record.value)
+    if not isinstance(event, Dirty):
+        raise MessageError(f"type: {event.kind} does not belong on topic dirty")
+    if event.to_ms <= event.from_ms:
+        raise MessageError(f"to_ms: {event.to_ms} is not after from_ms {event.from_ms}")
+    return event
+
+
+async def take_dirty(
+    stream: Any,
+    *,
+    store: Store,
+    recomputer: Recomputer,
+    pace: Pace,
+    epoch: Callable[[], int],
+    dead_letter: DeadLetter,
+    stats: DirtyStats,
+    barrier: Barrier = no_barrier,
+) -> None:
+    """Runs until the worker stops."""
+    agent = _DirtyAgent(stream.app.consumer, store, recomputer, pace, epoch, dead_letter, stats, barrier)
+    await agent.run(stream)
+
+
+class _DirtyAgent:
+    def __init__(
+        self,
+        consumer: Any,
+        store: Store,
+        recomputer: Recomputer,
+        pace: Pace,
+        epoch: Callable[[], int],
+        dead_letter: DeadLetter,
+        stats: DirtyStats,
+        barrier: Barrier,
+    ) -> None:
+        self._consumer = consumer
+        self._store = store
+        self._recomputer = recomputer
+        self._epoch = epoch
+        self._dead_letter = dead_letter
+        self._stats = stats
+        self._barrier = barrier
+        self._queue: DirtyQueue[_Handle] = DirtyQueue(pace)
+        self._arrived = asyncio.Event()
+        self._thread = BlockingThread("recompute")
+        self._progress_at = 0.0
+
+    async def run(self, stream: Any) -> None:
+        reader = asyncio.create_task(self._read(stream))
+        worker = asyncio.create_task(self._work())
+        try:
+            done, _ = await asyncio.wait({reader, worker}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            # A slice that is cut off here is computed again by whoever takes the marks: nothing is acknowledged.
+            reader.cancel()
+            worker.cancel()
+            self._thread.close()
+
+    async def _read(self, stream: Any) -> None:
+        async for event in stream.noack().events():
+            records: list[Record] = list(event.value)
+            marks = Marks()
+            for record in records:
+                try:
+                    mark = dirty_marks(record)
+                except MessageError as error:
+                    await self._reject(record, str(error))
+                    continue
+                marks.add(mark.pool, mark.from_ms, mark.to_ms, mark.why)
+            last = records[-1]
+            handle = _Handle(event, last.offset, last.timestamp_ms)
+            self._stats.marks += len(records)
+            self._queue.add(handle, last.partition, last.offset, marks.merged(), last.timestamp_ms, _clock_ms())
+            self._arrived.set()
+
+    async def _reject(self, record: Record, reason: str) -> None:
+        log.warning("dead letter: %s/%d offset %d: %s", record.topic, record.partition, record.offset, reason)
+        pause_s = 0.1
+        while True:
+            try:
+                await self._dead_letter(record, reason)
+                break
+            except Exception as error:
+                self._stats.retries += 1
+                log.warning("dead letter not sent: %s", error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+        self._stats.dead_letters += 1
+
+    async def _work(self) -> None:
+        failures = 0
+        while True:
+            self._queue.drop(lambda handle: self._consumer.holds(handle.event.message))
+            slice_ = self._queue.next(_now_ms(), _clock_ms())
+            if slice_ is None:
+                await self._finish()
+                self._arrived.clear()
+                await _wait(self._arrived, _POLL_S)
+                continue
+            try:
+                await self._compute(slice_)
+                failures = 0
+            except Exception as error:
+                failures += 1
+                self._stats.retries += 1
+                self._stats.last_error = f"{slice_.pool} [{slice_.from_ms}, {slice_.to_ms}): {error}"
+                pause_s = min(_LONGEST_PAUSE_S, 0.1 * 2 ** min(failures, 10)) * random.uniform(0.5, 1)
+                level = logging.WARNING if is_io_error(error) else logging.ERROR
+                log.log(
+                    level, "slice failed, again in %.1f s: %s", pause_s, self._stats.last_error, exc_info=level > 30
+                )
+                await asyncio.sleep(pause_s)
+            await self._finish()
+
+    async def _compute(self, slice_: Slice) -> None:
+        version = Version(self._epoch(), slice_.offset, secrets.randbits(40))
+        started = _clock_ms()
+        await self._barrier("before_read")
+        write = self._recomputer.minutes if slice_.kind == "minutes" else self._recomputer.hours
+        # The unplaced pool has conflicts by the hour and no minutes of its own.
+        if slice_.pool == UNPLACED_POOL and slice_.kind == "minutes":
+            self._queue.done(slice_, 0)
+            return
+        rows = await self._thread.call(lambda _: write(slice_.pool, slice_.from_ms, slice_.to_ms, version), ())
+        await self._barrier("written")
+        took = _clock_ms() - started
+        self._queue.done(slice_, took)
+        self._stats.slices += 1
+        self._stats.rows += rows
+        self._stats.busy_ms += took
+        if slice_.kind == "minutes":
+            self._stats.last_live_ms = took
+
+    async def _finish(self) -> None:
+        finished = self._queue.finished()
+        for handle, partition in finished:
+            if self._consumer.holds(handle.event.message):
+                handle.event.ack()
+                self._stats.last_offset[partition] = handle.offset
+        self._stats.backlog_blocks, self._stats.backlog_minutes = self._queue.backlog()
+        if finished and time.monotonic() >= self._progress_at:
+            self._progress_at = time.monotonic() + 1
+            last = {partition: handle for handle, partition in finished}
+            await self._thread.call(lambda _: self._record_progress(last), ())
+
+    def _record_progress(self, last: dict[int, _Handle]) -> None:
+        rows = pa.table(
+            {
+                "topic": pa.array(["dirty"] * len(last), type=pa.string()),
+                "partition": pa.array(list(last), type=pa.uint32()),
+                "appended_ms": pa.array([handle.timestamp_ms for handle in last.values()], type=pa.int64()),
+                "offset": pa.array([handle.offset for handle in last.values()], type=pa.int64()),
+            }
+        )
+        try:
+            self._store.insert("progress", rows)
+        except Exception as error:  # only `status` reads it; the next one says the same or more
+            log.warning("progress of the dirty topic not stored: %s", error)
+
+
+def _clock_ms() -> int:
+    return time.monotonic_ns() // 1_000_000
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        pass
