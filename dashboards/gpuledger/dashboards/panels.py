@@ -18,8 +18,10 @@ Kind = Literal["timeseries", "stat", "bargauge", "barchart", "donut", "table", "
 Unit = Literal["", "money", "money_per_second", "money_per_hour", "gpus", "share", "count", "time", "status"]
 #: time: x axis · series: one line or state row each · category: one bar or slice each · value: what is drawn ·
 #: second: drawn beside it, paler · source, target: ends of a flow · mark: 1 = stands out · currency: of the amounts ·
-#: detail: shown in tables and texts only.
-Role = Literal["time", "series", "category", "value", "second", "source", "target", "mark", "currency", "detail"]
+#: under: shown below the first column · detail: shown in tables and texts only.
+Role = Literal[
+    "time", "series", "category", "value", "second", "source", "target", "mark", "currency", "under", "detail"
+]
 
 #: Time ranges by name: seconds before now, or None for "since midnight UTC".
 RANGES: dict[str, int | None] = {"1h": 3_600, "6h": 21_600, "24h": 86_400, "today": None}
@@ -67,7 +69,7 @@ class Panel:
     refresh_s: int = 2
     step_s: int = 60
     stacked: bool = True
-    look: Literal["table", "checks", "alerts"] = "table"
+    look: Literal["table", "checks", "alerts", "moves"] = "table"
 
     def column(self, role: Role) -> Column | None:
         """The first column of a role."""

@@ -15,7 +15,7 @@ _NO_MONEY = "No costs yet. Tell GPULedger what the fleet costs: gpuledger rates 
 # Four panels with one text: the page runs it once. One row per currency and state, the totals on each of them.
 _NOW = (
     "SELECT asset_currency AS currency, state, sum(gpus) AS state_gpus, "
-    "sum(sum(gpus)) OVER () AS in_service, "
+    "sum(asset_cost_per_second) * 3600 AS state_cost_per_hour, sum(sum(gpus)) OVER () AS in_service, "
     "sum(sumIf(gpus, state NOT IN ('reserved_unused', 'free'))) OVER () AS held, "
     "sum(sum(asset_cost_per_second)) OVER (PARTITION BY currency) AS cost_per_second, "
     "cost_per_second * 3600 AS cost_per_hour, "
@@ -156,7 +156,12 @@ FLEET_NOW = Panel(
     "time splits follows the last three minutes seen.",
     kind="bargauge",
     sql=_NOW,
-    columns=(Column("state", "State", "category"), Column("state_gpus", "GPUs", "value", "gpus")),
+    columns=(
+        Column("state", "State", "category"),
+        Column("state_gpus", "GPUs", "value", "gpus"),
+        Column("state_cost_per_hour", "Cost per hour", "second", "money_per_hour"),
+        _CURRENCY,
+    ),
     unit="gpus",
     empty=_NO_MINUTES,
     width=8,
@@ -268,6 +273,7 @@ TRANSFERS = Panel(
         Column("why", "Why"),
     ),
     empty="No transfer in the last day and none planned. Enter one: gpuledger capacity apply FILE.",
+    look="moves",
     width=8,
     height=9,
     range="24h",
@@ -285,7 +291,7 @@ RUNNING_JOBS = Panel(
     "ORDER BY asset_cost DESC NULLS LAST, job_id LIMIT 200",
     columns=(
         Column("job_id", "Job", "category"),
-        Column("name", "Name"),
+        Column("name", "Name", "under"),
         Column("tenant", "Tenant", "series"),
         Column("user", "User"),
         Column("gpus", "GPUs", "value", "count"),

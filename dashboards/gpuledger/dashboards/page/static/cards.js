@@ -144,7 +144,7 @@ export class Card {
       (box) => {
         const marks = this.context.marks;
         box.firstChild.setAttribute("aria-label", this.summary(aligned, marks));
-        this.chart.set(timeseries(this.panel, aligned, { now: this.context.now(), marks, hidden: this.hidden }));
+        this.chart.set(timeseries(this.panel, aligned, { now: this.context.now(), marks, hidden: this.hidden, narrow: box.clientWidth < 520 }));
         this.legend(box.lastChild, aligned.series);
       },
     );
@@ -185,6 +185,8 @@ export class Card {
       return;
     }
     const percent = (amount) => formatValue(Number(amount) / Number(total), "share").text;
+    const [second, currency] = [this.column("second"), this.column("currency")];
+    const cost = (state) => (second < 0 ? [] : this.rows.filter((row) => row[name] === state && row[second] !== null && row[currency]).map((row) => plain(row[second], this.panel.columns[second].unit, row[currency]))).join(" + ");
     const hatched = (state) => (["unobserved", "pending", "unconfirmed"].includes(state) ? "hatched" : "");
     this.frame("share", () => element("div", { class: "body" }), (box) => {
       box.replaceChildren(
@@ -196,7 +198,7 @@ export class Card {
             return bar;
           })),
         element("ul", { class: "share-list" }, ...parts.map(([state, amount]) =>
-          element("li", {}, element("span", { class: `swatch ${hatched(state)}`, "--c": stateColour(state) }), element("span", { text: label(state) }),
+          element("li", {}, element("span", { class: `swatch ${hatched(state)}`, "--c": stateColour(state) }), element("span", {}, label(state), cost(state) ? element("em", { text: cost(state) }) : null),
             element("span", { class: "n", text: plain(amount, "gpus"), title: formatValue(amount, "gpus").exact }), element("span", { class: "p", text: percent(amount) })))),
       );
     });
@@ -227,8 +229,8 @@ export class Card {
 
   donut() {
     const [name, value, currency] = [this.column("category"), this.column("value"), this.column("currency")];
-    know(this.rows.map((row) => row[name]));
-    const slices = this.rows.map((row) => ({ name: row[name], value: row[value], text: this.money(row, value).text, exact: this.money(row, value).exact, colour: colourOf(row[name]) }));
+    know(this.rows.map((row) => row[name]), this.panel.columns[name].name);
+    const slices = this.rows.map((row) => ({ name: row[name], value: row[value], text: this.money(row, value).text, exact: this.money(row, value).exact, colour: colourOf(row[name], this.panel.columns[name].name) }));
     const totals = [...new Set(this.rows.map((row) => row[currency]))].map((unit) => {
       const sum = addDecimals(this.rows.filter((row) => row[currency] === unit).map((row) => row[value]));
       return formatValue(sum, this.panel.unit, unit);
@@ -310,6 +312,19 @@ export class Card {
         element("span", { class: "mark-cell", "data-status": row[status], icon: row[status], title: label(row[status]) }),
         element("span", {}, row[name], element("span", { class: "sr", text: `: ${label(row[status])}, ` })), element("span", { class: "now", text: row[value] }),
         ["ok", "unknown"].includes(row[status]) ? null : element("span", { class: "do", text: row[action] }))));
+    });
+  }
+
+  moves() {
+    const at = (key) => this.panel.columns.findIndex((column) => column.name === key);
+    this.frame("moves", () => element("ul", { class: "moves" }), (list) => {
+      list.replaceChildren(...this.rows.map((row) => {
+        const when = row[at("start_at")];
+        return element("li", {},
+          element("span", { class: "who-cell" }, element("b", { text: `${plain(row[at("gpus")], "count")} GPUs` }), element("span", { class: "swatch", "--c": colourOf(row[at("from_tenant")]) }), `${label(row[at("from_tenant")])} →`, element("span", { class: "swatch", "--c": colourOf(row[at("to_tenant")]) }), label(row[at("to_tenant")])),
+          element("span", { class: "pill", "data-status": row[at("status")], text: label(row[at("status")]) }),
+          element("p", {}, element("span", { title: dateTime(when), text: `${clockTime(when)} UTC, ${relative(when, this.context.now())}` }), ` · ${row[at("pool")]}`, row[at("why")] ? ` · ${row[at("why")]}` : ""));
+      }));
     });
   }
 

@@ -76,7 +76,7 @@ export function align(panel, rows) {
   return { times, series };
 }
 
-function markLine(marks, since, now) {
+function markLine(marks, since, now, narrow) {
   const inside = marks.filter((mark) => mark.at >= since && mark.at <= now);
   if (!inside.length) return undefined;
   const last = inside.at(-1);
@@ -86,7 +86,7 @@ function markLine(marks, since, now) {
     data: inside.map((mark) => ({
       xAxis: mark.at,
       label: {
-        show: mark === last, formatter: mark.text, position: "end", distance: 6, color: ink("--ink"), fontSize: 12, fontWeight: 550,
+        show: mark === last, formatter: narrow ? mark.text.split(" ").slice(0, 2).join(" ") : mark.text, position: "end", distance: 6, color: ink("--ink"), fontSize: 12, fontWeight: 550,
         fontFamily: font(), align: mark.at > (since + now) / 2 ? "right" : "left",
       },
     })),
@@ -94,7 +94,7 @@ function markLine(marks, since, now) {
 }
 
 /** Stacked steps over time up to `now`; `hidden` holds ids that the legend has switched off. */
-export function timeseries(panel, aligned, { now, marks, hidden }) {
+export function timeseries(panel, aligned, { now, marks, hidden, narrow }) {
   const { times, series } = aligned;
   const since = now - (panel.range_s || 3600) * 1000;
   const shown = series.filter((one) => !hidden.has(one.id));
@@ -106,11 +106,11 @@ export function timeseries(panel, aligned, { now, marks, hidden }) {
     areaStyle: panel.stacked ? { color: colourOf(one.name), opacity: one.name === "(operator)" ? 0.3 : 0.62 } : undefined,
     emphasis: { disabled: true },
     data: points.map((ms, k) => [ms, one.values[Math.min(k, times.length - 1)]]),
-    markLine: n === 0 ? markLine(marks, since, now) : undefined,
+    markLine: n === 0 ? markLine(marks, since, now, narrow) : undefined,
   }));
   const currency = shown[0]?.currency;
   return {
-    grid: { left: 4, right: 10, top: 30, bottom: 2, containLabel: true },
+    grid: { left: 4, right: 12, top: 30, bottom: 8, containLabel: true },
     xAxis: {
       type: "time", min: since, max: now, splitNumber: 6, axisLine: { lineStyle: { color: ink("--line") } }, axisTick: { show: false },
       axisLabel: { color: ink("--ink-3"), fontSize: 12, hideOverlap: true, formatter: (ms) => clockTime(ms) },
@@ -142,7 +142,7 @@ function tooltipText(items, unit, currency) {
   return [at, ...lines, known.length > 1 ? `Together   ${plain(total, unit, currency)}` : ""].filter(Boolean).join("\n");
 }
 
-/** Flows from left to right; rows with mark 1 stand out. `narrow` shortens the labels. */
+/** Flows from left to right; rows with mark 1 stand out. */
 export function sankey(panel, rows) {
   const at = (role) => panel.columns.findIndex((column) => column.role === role);
   const [source, target, value, mark] = [at("source"), at("target"), at("value"), at("mark")];
@@ -153,7 +153,7 @@ export function sankey(panel, rows) {
     label: {
       position: side === "<" ? "right" : "left", formatter: `{n|${label(name)}}\n{v|${plain(sum(column, name), panel.unit)} ${side === "<" ? "before" : "after"}}`,
       align: side === "<" ? "left" : "right",
-      rich: { n: { color: ink("--ink"), fontSize: 13, fontWeight: 600, lineHeight: 17 }, v: { color: ink("--ink-2"), fontSize: 12, lineHeight: 16 } },
+      rich: { n: { color: ink("--ink"), fontSize: 13, fontWeight: 600, lineHeight: 17 }, v: { color: ink("--ink"), fontSize: 12, lineHeight: 16 } },
     },
   });
   const names = (column) => [...new Set(rows.map((row) => row[column]))];
@@ -163,7 +163,7 @@ export function sankey(panel, rows) {
       formatter: (item) => (item.dataType === "edge" ? `${item.data.text}   ${plain(item.value, panel.unit)} GPUs` : `${label(item.name.slice(1))}   ${plain(item.value, panel.unit)} GPUs`),
     },
     series: [{
-      type: "sankey", left: 2, right: 2, top: 6, bottom: 6, nodeWidth: 10, nodeGap: 22, draggable: false, layoutIterations: 0, emphasis: { disabled: true },
+      type: "sankey", left: 2, right: 2, top: 10, bottom: 10, nodeWidth: 10, nodeGap: 22, draggable: false, layoutIterations: 0, emphasis: { disabled: true },
       data: [...names(source).map((name) => node("<", source, name)), ...names(target).map((name) => node(">", target, name))],
       links: rows.map((row) => ({
         source: `<${row[source]}`, target: `>${row[target]}`, value: Number(row[value]),

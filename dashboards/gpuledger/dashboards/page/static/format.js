@@ -54,7 +54,9 @@ export function formatValue(value, unit, currency = "") {
     return { text: text.format(String(value)), per, exact: `${trimZeros(value)} ${currency}${per}`.trim() };
   }
   if (unit === "share") {
-    return { text: numberFormat({ style: "percent", maximumFractionDigits: 1 }).format(Number(value)), per, exact: String(value) };
+    const part = Number(value);
+    const text = part > 0 && part < 0.0005 ? "< 0.1%" : numberFormat({ style: "percent", maximumFractionDigits: 1 }).format(part);
+    return { text, per, exact: String(value) };
   }
   if (unit === "gpus" || unit === "count") {
     const size = Math.abs(Number(value));

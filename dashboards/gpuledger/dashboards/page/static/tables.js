@@ -1,8 +1,8 @@
 // Tables: sortable, with amounts right-aligned and their exact value on hover; `exact` shows every digit instead.
 
-import { colourOf, label } from "/static/colours.js";
+import { colourOf, label, stateColour } from "/static/colours.js";
 import { element } from "/static/dom.js";
-import { clockTime, dateTime, formatValue, relative } from "/static/format.js";
+import { dateTime, formatValue, relative } from "/static/format.js";
 
 const NUMERIC = new Set(["money", "money_per_second", "money_per_hour", "gpus", "count", "share"]);
 
@@ -16,7 +16,7 @@ export function drawTable(card, box, exact) {
   const blank = (value) => value === null || value === "";
   const shown = columns
     .map((column, n) => ({ ...column, n }))
-    .filter((column) => column.role !== "currency" && column.name !== "action" && !card.rows.every((row) => blank(row[column.n])));
+    .filter((column) => column.role !== "currency" && column.name !== "action" && (exact || column.role !== "under") && !card.rows.every((row) => blank(row[column.n])));
   const rows = [...card.rows];
   if (card.sort) {
     const { n, unit } = columns.map((column, at) => ({ ...column, n: at })).find((column) => column.name === card.sort.name);
@@ -52,11 +52,10 @@ function cell(card, row, column, first, exact) {
   if (value === null) return element("td", { class: `dim ${NUMERIC.has(column.unit) ? "num" : ""}`, text: "–", title: "not known" });
   if (column.unit === "status") return element("td", {}, element("span", { class: "pill", "data-status": value, text: label(value) }));
   if (column.unit === "time") {
-    return exact ? element("td", { text: dateTime(value) })
-      : element("td", { title: dateTime(value) }, clockTime(value), element("span", { class: "stat-more", text: ` · ${relative(value, card.context.now())}` }));
+    return element("td", { title: dateTime(value), text: exact ? dateTime(value) : relative(value, card.context.now()) });
   }
   if (column.unit === "share" && !exact) {
-    const fill = element("i", { "--c": colourOf(row[card.column("series")] ?? "") });
+    const fill = element("i", { "--c": stateColour("active") });
     fill.style.width = `${100 * Math.min(1, Number(value))}%`;
     return element("td", { class: "num", title: whole }, element("span", { class: "meter" }, element("i", { "aria-hidden": "true" }, fill), text));
   }
@@ -64,5 +63,7 @@ function cell(card, row, column, first, exact) {
   if (column.role === "series" || (exact && column.role === "category")) {
     return element("td", {}, element("span", { class: "who-cell" }, column.role === "series" ? element("span", { class: "swatch", "--c": colourOf(value) }) : null, label(value)));
   }
-  return element("td", { class: first ? "main" : String(value).length > 24 ? "wrap" : null, text: String(value) });
+  const under = first && !exact ? row[card.column("under")] : null;
+  const small = under && under !== value ? element("small", { text: under }) : null;
+  return element("td", { class: first ? "main" : String(value).length > 24 ? "wrap" : null }, String(value), small);
 }
