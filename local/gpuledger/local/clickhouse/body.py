@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gpuledger.local.clickhouse.engine import Limits
 from gpuledger.local.clickhouse.errors import EngineError
@@ -25,7 +25,7 @@ class Disconnected(Exception):
 class Body:
     """A complete body, still in its content encoding; read from one thread at a time."""
 
-    def __init__(self, file: IO[bytes], size: int) -> None:
+    def __init__(self, file: tempfile.SpooledTemporaryFile[bytes], size: int) -> None:
         self._file = file
         self.size = size
 
@@ -45,8 +45,8 @@ async def receive_body(receive: Receive, limits: Limits, directory: Path) -> Bod
     Raises Disconnected, EngineError 209 (408) where the client sends nothing for `limits.receive_timeout_s`, and 161
     (413) for a body over `limits.max_body_bytes`.
     """
-    # The caller closes it with the body.
-    file = tempfile.SpooledTemporaryFile(max_size=limits.body_memory_bytes, dir=directory)  # noqa: SIM115
+    # Unlinked at once, so that a killed process leaves nothing behind; the caller closes it with the body.
+    file = tempfile.SpooledTemporaryFile(max_size=limits.body_memory_bytes, dir=str(directory))  # noqa: SIM115
     size = 0
     try:
         while True:
@@ -67,7 +67,7 @@ async def receive_body(receive: Receive, limits: Limits, directory: Path) -> Bod
                 )
             file.write(data)
             if not message.get("more_body", False):
-                return Body(file, size)  # pyright: ignore[reportArgumentType]
+                return Body(file, size)
     except BaseException:
         file.close()
         raise

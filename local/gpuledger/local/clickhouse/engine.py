@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,11 +168,14 @@ class Handle:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self.stats = Stats()
+        self.closed = False
 
     def apply(self, statements: Iterable[str]) -> None:
         """Runs statements that return nothing. Raises EngineError."""
-        for statement in statements:
-            self._run(statement, "Null", None)
+        script = "; ".join(statements)
+        if script:
+            # As one: each call costs 0.2 ms.
+            self._run(script, "Null", None)
 
     def classify(self, sql: str) -> StatementClass:
         # The only call that the package does not export on its own connection class.
@@ -224,6 +227,7 @@ class Handle:
         self.stats.written_bytes += int(result.bytes_written)
 
     def close(self) -> None:
+        self.closed = True
         with contextlib.suppress(Exception):
             self._connection.close()
 
@@ -251,6 +255,7 @@ class Engine:
         self._waiting_writes = 0
         # Opening and closing handles at once from several threads is serialised: it costs 0.3 ms.
         self._connecting = threading.Lock()
+        self._classifying = threading.Lock()
 
     def open(self) -> None:
         """Starts the engine and makes the default database. Raises EngineError."""
@@ -274,7 +279,7 @@ class Engine:
         return handle
 
     @contextlib.contextmanager
-    def read_slot(self) -> Iterator[None]:
+    def read_slot(self) -> Generator[None]:
         """Held while a read is open. Raises EngineError 202 (503) where too many are."""
         if self._open_reads >= self.limits.open_reads:
             raise _too_many("reads", self.limits.open_reads)
@@ -286,7 +291,7 @@ class Engine:
 
     def classify(self, sql: str) -> StatementClass:
         """Parses without running; costs some 50 µs."""
-        with self._connecting:
+        with self._classifying:
             return self._opened().classify(sql)
 
     def _opened(self) -> Handle:

@@ -5,7 +5,7 @@ import contextlib
 import re
 import threading
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -121,7 +121,10 @@ class Execution:
                 if not first and name == "ArrowStream":
                     # A stream without rows brings no schema either; the whole result does.
                     first = handle.query(prepared.sql, name, self._request.params)
-                return _Opened(handle, stream, first)
+                opened = _Opened(handle, stream, first)
+                if stream.finished:
+                    _close_opened(opened)
+                return opened
             except BaseException:
                 handle.close()
                 raise
@@ -130,7 +133,8 @@ class Execution:
         try:
             await self._send_stream(opened, self._output_format(prepared), response)
         finally:
-            await self._engine.read(lambda: _close_opened(opened))
+            if not opened.handle.closed:
+                await self._engine.read(lambda: _close_opened(opened))
 
     async def _send_stream(self, opened: _Opened, output_format: str, response: Response) -> None:
         stream, stats = opened.stream, opened.handle.stats
@@ -215,7 +219,7 @@ class Execution:
         handle.insert(prepared.sql, data_format, prepared.data)
 
     @contextlib.contextmanager
-    def _handle(self, prepared: Prepared, setup: Setup):
+    def _handle(self, prepared: Prepared, setup: Setup) -> Generator[Handle]:
         """A handle for one statement: the session's own, or a fresh one."""
         session = self._session
         if session is None or session.handle is None:

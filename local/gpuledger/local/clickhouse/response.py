@@ -33,9 +33,14 @@ _TEXT = ("PRETTY", "VERTICAL", "MARKDOWN", "VALUES", "TSKV", "SQLINSERT", "LINEA
 
 
 class Response:
-    """One response. Send a whole body with all(), a long one with start(), piece() … and finish()."""
+    """One response. Send a whole body with all(), a long one with start(), piece() … and finish().
+
+    `before_end` is called just before the last bytes go out: what the client may use again the moment it has them, its
+    session, must be free by then.
+    """
 
     def __init__(self, send: Send, query_id: str, accept_encoding: str, version: str, send_timeout_s: float) -> None:
+        self.before_end: Callable[[], None] = _nothing
         self._send = send
         self._query_id = query_id
         self._accept = accept_encoding
@@ -148,6 +153,8 @@ class Response:
         await self._put({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _write(self, data: bytes, more: bool = True) -> None:
+        if not more:
+            self.before_end()
         await self._put({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _put(self, message: MutableMapping[str, Any]) -> None:
@@ -157,6 +164,10 @@ class Response:
         except TimeoutError:
             # The client takes nothing: the connection is dropped.
             raise Disconnected from None
+
+
+def _nothing() -> None:
+    pass
 
 
 def _content_type(output_format: str) -> str:

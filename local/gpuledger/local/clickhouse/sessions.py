@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from gpuledger.local.clickhouse.engine import Handle
 from gpuledger.local.clickhouse.errors import EngineError
 
-__all__ = ["DEFAULT_TIMEOUT_S", "MAX_TIMEOUT_S", "Session", "Sessions"]
+__all__ = ["DEFAULT_TIMEOUT_S", "MAX_TIMEOUT_S", "Lease", "Session", "Sessions"]
 
 DEFAULT_TIMEOUT_S = 60.0
 MAX_TIMEOUT_S = 3600.0
@@ -40,6 +40,22 @@ class Session:
         self.statements = kept
 
 
+class Lease:
+    """One request's hold on a session."""
+
+    def __init__(self, session: Session, clock: Callable[[], float]) -> None:
+        self.session = session
+        self._clock = clock
+        self._held = True
+
+    def release(self) -> None:
+        """Lets the next request in; again, it does nothing, as the session may be that of the next by then."""
+        if self._held:
+            self._held = False
+            self.session.busy = False
+            self.session.expires_s = self._clock() + self.session.timeout_s
+
+
 class Sessions:
     """All open sessions; `clock` gives monotonic seconds."""
 
@@ -48,8 +64,8 @@ class Sessions:
         self._max = max_sessions
         self._clock = clock
 
-    def acquire(self, user: str, session_id: str, *, database: str, timeout_s: float, must_exist: bool) -> Session:
-        """The session, locked for one request; release() it.
+    def acquire(self, user: str, session_id: str, *, database: str, timeout_s: float, must_exist: bool) -> Lease:
+        """Locks the session for one request; release the lease.
 
         Raises EngineError 372 where it must exist and does not, 373 where another request holds it, 202 (503) where
         too many are open.
@@ -66,11 +82,7 @@ class Sessions:
             raise EngineError.of(373, "SESSION_IS_LOCKED", f"Session {session_id!r} is locked by a concurrent client")
         session.busy = True
         session.timeout_s = timeout_s
-        return session
-
-    def release(self, session: Session) -> None:
-        session.busy = False
-        session.expires_s = self._clock() + session.timeout_s
+        return Lease(session, self._clock)
 
     def expire(self) -> None:
         """Forgets idle sessions whose time is over."""

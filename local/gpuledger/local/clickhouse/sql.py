@@ -7,6 +7,7 @@ Only a tokenizer, on bytes, because data may follow the statement; whether it is
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 __all__ = ["Statement", "parse", "quote_identifier", "quote_string"]
 
@@ -158,7 +159,7 @@ def _statement(verb: str, tokens: list[_Token], sql: str, data_format: str | Non
             calls.add(name)
         if name == "SOURCE" and index + 2 < len(tokens) and tokens[index + 1].text == "(":
             sources.add(tokens[index + 2].text.strip("`\"'").upper())
-    totals = any(_is(a, "WITH") and _is(b, "TOTALS") for a, b in zip(tokens, tokens[1:], strict=False))
+    totals = any(_is(a, "WITH") and _is(b, "TOTALS") for a, b in pairwise(tokens))
     temporary = verb == "CREATE" and any(_is(token, "TEMPORARY") for token in tokens[1:4])
     return Statement(
         verb, sql, data_format, data_start, frozenset(words), frozenset(calls), frozenset(sources), totals, temporary
