@@ -204,7 +204,8 @@ class Feed:
             try:
                 self._publish(state, project(state.panel, result.columns, result.rows), "")
             except PanelError as error:
-                log.error("%s", error)
+                if not state.error:
+                    log.error("%s", error)
                 self._publish(state, [], str(error))
         return True
 

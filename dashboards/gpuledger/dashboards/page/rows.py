@@ -5,7 +5,7 @@ Amounts stay exact: decimals and integers that a column's type allows past 2^53 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
@@ -37,12 +37,14 @@ def value(given: Any, column: Column) -> Any:
     return given
 
 
-def project(panel: Panel, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[Row]:
+def project(panel: Panel, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[Row]:
     """The panel's columns of each row, in its order, equal rows once (panels may share a query and use part of it).
 
     Raises:
         PanelError: the query does not return a column that the panel names.
     """
+    if not names and not rows:  # the embedded engine names no columns when there is nothing in them
+        return []
     missing = [column.name for column in panel.columns if column.name not in names]
     if missing:
         raise PanelError(f"{panel.id}: the query returns no column {', '.join(missing)}; it returns {', '.join(names)}")
