@@ -191,7 +191,7 @@ class _DirtyAgent:
         if slice_.pool == UNPLACED_POOL and slice_.kind == "minutes":
             self._queue.done(slice_, 0)
             return
-        rows = await self._thread.call(lambda _: write(slice_.pool, slice_.from_ms, slice_.to_ms, version), ())
+        rows = await self._thread.call(lambda: write(slice_.pool, slice_.from_ms, slice_.to_ms, version))
         await self._barrier("written")
         took = _clock_ms() - started
         self._queue.done(slice_, took)
@@ -211,7 +211,7 @@ class _DirtyAgent:
         if finished and time.monotonic() >= self._progress_at:
             self._progress_at = time.monotonic() + 1
             last = {partition: handle for handle, partition in finished}
-            await self._thread.call(lambda _: self._record_progress(last), ())
+            await self._thread.call(lambda: self._record_progress(last))
 
     def _record_progress(self, last: dict[int, _Handle]) -> None:
         rows = pa.table(

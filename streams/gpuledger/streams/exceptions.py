@@ -3,13 +3,16 @@
 StreamsError
 ├── DataError             a record that can never be stored; it goes to the dead-letter topic
 ├── IntakeSetupError      the Faust app is put together in a way that could lose records
+├── NotMigrated           the database lacks tables that this version needs
 └── UnsupportedFaustError the installed Faust is not the one the block consumer was written for
 """
 
-__all__ = ["DataError", "IntakeSetupError", "StreamsError", "UnsupportedFaustError"]
+from gpuledger.schemas.exceptions import GPULedgerError
+
+__all__ = ["DataError", "IntakeSetupError", "NotMigrated", "StreamsError", "UnsupportedFaustError"]
 
 
-class StreamsError(Exception):
+class StreamsError(GPULedgerError):
     """Base of the errors raised by `gpuledger.streams`."""
 
 
@@ -19,6 +22,10 @@ class DataError(StreamsError):
 
 class IntakeSetupError(StreamsError):
     """The app misses a setting or a topic declaration that safe consuming depends on."""
+
+
+class NotMigrated(StreamsError):
+    """The database lacks tables that this version needs; the text names the command that makes them."""
 
 
 class UnsupportedFaustError(StreamsError, ImportError):

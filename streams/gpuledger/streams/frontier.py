@@ -48,7 +48,7 @@ class Frontier:
     async def advance(self, now_ms: int) -> None:
         """Marks what has become complete since the last pass, and the open minute; errors are counted and logged."""
         try:
-            marked, complete, since = await self._thread.call(lambda _: self._look(), ())
+            marked, complete, since = await self._thread.call(self._look)
             marks = [
                 Dirty(pool=pool, from_ms=max(start, marked), to_ms=complete, why="complete")
                 for pool, start in since.items()
@@ -62,7 +62,7 @@ class Frontier:
             ]
             await asyncio.gather(*(self._send(mark) for mark in marks))
             if complete > marked:
-                await self._thread.call(lambda _: self._remember(complete), ())
+                await self._thread.call(lambda: self._remember(complete))
             self.stats.complete_until_ms = max(self.stats.complete_until_ms, complete)
             self.stats.passes += 1
         except Exception as error:

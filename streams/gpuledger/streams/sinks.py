@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gpuledger.schemas.events import Allocation, Dirty, Inventory, Placement, Tenant
+from gpuledger.schemas.events import Allocation, DeadLetter, Dirty, Inventory, Placement, Tenant, decode_event
 from gpuledger.schemas.exceptions import MessageError
 from gpuledger.schemas.telemetry import HostReading
 from gpuledger.streams.blocking import BlockingThread
@@ -28,12 +28,14 @@ from gpuledger.streams.intake import Rejected, Stored
 from gpuledger.streams.marks import MINUTE_MS, Marks
 from gpuledger.streams.store import Store
 
-__all__ = ["AHEAD_MS", "TICK_HEADER", "FactsSink", "Followup", "TelemetrySink"]
+__all__ = ["AHEAD_MS", "MAX_LETTER_BYTES", "TICK_HEADER", "DeadLetterSink", "FactsSink", "Followup", "TelemetrySink"]
 
 #: A record with this header only says that the partition has nothing older: it moves the frontier.
 TICK_HEADER = "gpuledger-tick"
 #: Marks reach this far past the broker's time: as far as event time may be ahead of it.
 AHEAD_MS = 120_000
+#: A dead letter keeps this much of its message.
+MAX_LETTER_BYTES = 65_536
 #: (node, boot) and allocation namings whose marks this process has sent and need no look-up again.
 _REMEMBERED = 200_000
 
@@ -100,7 +102,7 @@ class _MarkingSink:
         ]
         await asyncio.gather(*(self._send(event) for event in events))
         # The intake's thread is idle while `after` runs, so the connection is ours.
-        await self._thread.call(lambda _: self._store.insert("progress", stored.marks.progress), ())
+        await self._thread.call(lambda: self._store.insert("progress", stored.marks.progress))
 
 
 class TelemetrySink(_MarkingSink):
@@ -356,3 +358,50 @@ def _chunks(names: Sequence[str], size: int = 2_000) -> Iterable[list[str]]:
     unique = sorted(set(names))
     for start in range(0, len(unique), size):
         yield unique[start : start + size]
+
+
+class DeadLetterSink:
+    """deadletter → the table that `status` and people read."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def store(self, records: Sequence[Record]) -> Stored[None]:
+        """Stores dead letters; one that cannot itself be read is kept as it came."""
+        letters = [_letter(record) for record in records]
+        columns = {
+            "topic": pa.array([letter.topic for letter in letters]),
+            "partition": pa.array([letter.partition for letter in letters], type=pa.uint32()),
+            "offset": pa.array([letter.offset for letter in letters], type=pa.uint64()),
+            "appended_at": pa.array([letter.appended_at_ms for letter in letters], type=pa.int64()).cast(_TIME),
+            "reason": pa.array([letter.reason for letter in letters]),
+            "key": pa.array([(letter.key or b"").decode(errors="replace") for letter in letters]),
+            "value": pa.array([letter.value.decode(errors="replace") for letter in letters]),
+            "value_bytes": pa.array([letter.value_bytes for letter in letters], type=pa.uint64()),
+        }
+        self._store.insert("dead_letters", pa.table(columns))
+        return Stored(None)
+
+    async def after(self, stored: Stored[None]) -> None:
+        """Nothing follows."""
+
+
+def _letter(record: Record) -> DeadLetter:
+    try:
+        event = decode_event(record.value or b"")
+        if isinstance(event, DeadLetter):
+            return event
+        reason = f"type: {event.kind} does not belong on topic deadletter"
+    except MessageError as error:
+        reason = str(error)
+    value = record.value or b""
+    return DeadLetter(
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        appended_at_ms=record.timestamp_ms,
+        reason=reason,
+        key=record.key,
+        value=value[:MAX_LETTER_BYTES],
+        value_bytes=len(value),
+    )

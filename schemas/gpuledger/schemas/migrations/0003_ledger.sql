@@ -87,3 +87,10 @@ CREATE TABLE conflicts (
 ) ENGINE = ReplacingMergeTree(version)
 PARTITION BY toYYYYMM(hour)
 ORDER BY (pool, hour, kind, subject, other, from_ms);
+
+-- Grows each time the dirty topic is made anew, because its offsets then start again; part of every version.
+CREATE TABLE epochs (
+    epoch UInt32,
+    started_at DateTime64(3, 'UTC'),
+    why String
+) ENGINE = MergeTree ORDER BY epoch;
