@@ -8,7 +8,9 @@ from typing import Any
 
 import faust
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 
+from gpuledger.agents.exceptions import BrokerUnavailable
 from gpuledger.agents.publisher import client_options
 from gpuledger.schemas.config import Kafka
 from gpuledger.schemas.topics import TOPICS, topic_name
@@ -18,32 +20,33 @@ from gpuledger.streams.store import Store
 __all__ = ["Ticker", "current_epoch", "end_offsets", "faust_credentials", "partition_counts"]
 
 
-async def _consumer(settings: Kafka) -> Any:
-    consumer: Any = AIOKafkaConsumer(**client_options(settings))
-    await consumer.start()
-    return consumer
-
-
 async def partition_counts(settings: Kafka) -> dict[str, int]:
-    """Partitions of each of our topics as the broker has them."""
-    consumer = await _consumer(settings)
+    """Partitions of each of our topics as the broker has them.
+
+    Raises:
+        BrokerUnavailable: a topic is not there (yet).
+    """
+    names = {topic_name(settings.topic_prefix, name): name for name in TOPICS}
+    admin: Any = AIOKafkaAdminClient(**client_options(settings))
     try:
-        await consumer.topics()
-        return {
-            name: len(consumer.partitions_for_topic(topic_name(settings.topic_prefix, name)) or ()) for name in TOPICS
-        }
+        await admin.start()
+        found = {each["topic"]: len(each["partitions"]) for each in await admin.describe_topics(list(names))}
     finally:
-        await consumer.stop()
+        await admin.close()
+    missing = sorted(topic for topic in names if not found.get(topic))
+    if missing:
+        raise BrokerUnavailable(f"kafka: topics without partitions: {', '.join(missing)}; check the broker's log")
+    return {name: found[topic] for topic, name in names.items()}
 
 
-async def end_offsets(settings: Kafka, name: str) -> dict[int, int]:
+async def end_offsets(settings: Kafka, name: str, partitions: int) -> dict[int, int]:
     """The next offset of every partition of a topic."""
     topic = topic_name(settings.topic_prefix, name)
-    consumer = await _consumer(settings)
+    consumer: Any = AIOKafkaConsumer(**client_options(settings))
+    await consumer.start()
     try:
-        await consumer.topics()
-        partitions = [TopicPartition(topic, n) for n in consumer.partitions_for_topic(topic) or ()]
-        return {tp.partition: offset for tp, offset in (await consumer.end_offsets(partitions)).items()}
+        ends = await consumer.end_offsets([TopicPartition(topic, n) for n in range(partitions)])
+        return {tp.partition: offset for tp, offset in ends.items()}
     finally:
         await consumer.stop()
 

@@ -102,6 +102,10 @@ class Store:
             )
         return self._client
 
+    @property
+    def database(self) -> str:
+        return self._config.database
+
     def close(self) -> None:
         if self._client is not None:
             self._client.close()

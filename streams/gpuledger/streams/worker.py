@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 async def _partitions(config: Config) -> tuple[dict[str, int], dict[int, int]]:
     await create_topics(config.kafka)
-    return await partition_counts(config.kafka), await end_offsets(config.kafka, "dirty")
+    counts = await partition_counts(config.kafka)
+    return counts, await end_offsets(config.kafka, "dirty", counts["dirty"])
 
 
 def run_worker(config: Config, datadir: Path, barrier: Callable[[str], Barrier] | None = None) -> None:
@@ -52,7 +53,7 @@ def run_worker(config: Config, datadir: Path, barrier: Callable[[str], Barrier] 
     pipeline = make_pipeline(config, rules_of(config, partitions), epoch, datadir, barrier)
     _serve_health(config, pipeline)
     log.info("worker starts", extra={"group": config.worker.group, "epoch": epoch, "partitions": partitions})
-    faust.Worker(pipeline.app, loglevel=None, override_logging=False).execute_from_commandline()
+    faust.Worker(pipeline.app, loglevel=None, override_logging=False, quiet=True).execute_from_commandline()
 
 
 def _serve_health(config: Config, pipeline: Pipeline) -> None:
