@@ -168,7 +168,8 @@ def _add_minutes(seed: Seed, minutes: int) -> None:
 
 
 def _interval_rows(seed: Seed, pool: str, start: datetime) -> None:
-    end = start + timedelta(minutes=15)
+    # The open interval ends with the open minute, as its estimate does.
+    end = min(start + timedelta(minutes=15), seed.minute + timedelta(minutes=1))
     held: dict[tuple[str, str, str, str], int] = {}
     minutes: set[datetime] = set()
     for row in seed.newest("ledger_minute"):
@@ -184,7 +185,7 @@ def _interval_rows(seed: Seed, pool: str, start: datetime) -> None:
         return
     keys = sorted(held)
     fixed = largest_remainder(FIXED_NANO[pool] * len(minutes), [held[key] for key in keys])
-    estimate = int(end > seed.minute - timedelta(minutes=1))
+    estimate = int(end > seed.minute - timedelta(minutes=2))
     base: Row = {"pool": pool, "interval_start": start, "interval_end": end, "estimate": estimate, "version": 50}
     total_energy = 0
     for key, fixed_nano in zip(keys, fixed, strict=True):

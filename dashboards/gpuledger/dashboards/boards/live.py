@@ -74,7 +74,7 @@ CHARGED_TODAY = Panel(
     description="What tenants owe by their rate cards since midnight UTC. Well below Spent today means the fleet "
     "does not earn its cost: look at the idle money beside it, then at the rate cards.",
     kind="stat",
-    sql="SELECT currency, sum(charge) AS charged, uniqExact(tenant) AS tenants FROM v_money "
+    sql="SELECT currency, sum(charge) AS charged, uniqExactIf(tenant, charge > 0) AS tenants FROM v_money "
     "WHERE $__timeFilter(interval_start) AND isNotNull(charge) GROUP BY currency ORDER BY currency",
     columns=(
         _CURRENCY,

@@ -8,10 +8,11 @@
 --   cost of a minute = asset_cost(interval, tenant, kind, payer)
 --       x gpu_us(minute, tenant, kind) / gpu_us(interval, tenant, kind)
 -- so the minutes of an interval sum to what was charged for it (but for the last nano-unit), and a second costs a
--- sixtieth. Three cases stand outside the formula, the first two marked as estimates:
---   a tenant and kind that the open interval has no money for yet takes its pool's average per GPU time, of that
---   interval or (in the first seconds of an interval) of the one before, at most an hour old; without any, NULL;
---   cost without any GPU time (nothing in service) is spread evenly over the minutes of its interval so far;
+-- sixtieth. Four cases stand outside the formula, the first two marked as estimates:
+--   a minute that no interval covers yet (money is made a little after GPU time) takes the rates of the last one
+--   before it, at most an hour old;
+--   a tenant and kind without money there takes its pool's average per GPU time; without any, NULL;
+--   cost without any GPU time (nothing in service) is spread evenly over the minutes of its interval;
 --   `pending` time is held, reserved or free like any other: only what it did is not known yet. So the open minute
 --   counts whole, as it will be if nothing changes, and a rate read from it is steady from its first second.
 CREATE OR REPLACE VIEW v_cost_minute AS
@@ -21,6 +22,8 @@ intervals AS (
     FROM v_asset_cost
     WHERE interval_start >= {since:DateTime64(3, 'UTC')} - INTERVAL 1 HOUR
         AND interval_start <= {until:DateTime64(3, 'UTC')}
+        -- A marker without length replaces an interval that a later change of rates has moved.
+        AND interval_end > interval_start
 ),
 money AS (
     SELECT pool, interval_start, tenant, kind, payer, asset_currency, charge_currency, cost, charge, lacks, 1 AS known,
@@ -40,7 +43,8 @@ money AS (
 minutes AS (
     SELECT l.pool AS pool, l.minute AS minute, l.tenant AS tenant, l.kind AS kind, l.activity AS activity,
         l.us AS us, l.complete AS complete, i.interval_start AS interval_start, i.interval_end AS interval_end,
-        i.service_us AS service_us, i.asset_cost AS pool_cost, i.asset_currency AS pool_currency, i.estimate AS estimate
+        i.service_us AS service_us, i.asset_cost AS pool_cost, i.asset_currency AS pool_currency,
+        i.estimate AS estimate
     FROM (
         SELECT pool, minute, tenant, kind, activity, complete, toInt128(gpu_us) AS us
         FROM (
@@ -63,22 +67,21 @@ SELECT pool, minute, tenant, if(payer = '', '(operator)', payer) AS payer, kind,
 FROM (
     SELECT m.pool AS pool, m.minute AS minute, m.activity AS activity, m.complete AS complete,
         if(m.kind = 'marker', c.tenant, m.tenant) AS tenant, if(m.kind = 'marker', c.kind, m.kind) AS kind,
-        if(c.known = 1, c.payer, if(m.kind = 'free', '', m.tenant)) AS payer,
+        multiIf(c.known = 1, c.payer, m.kind = 'free', '', m.kind = 'unconfirmed', 'unattributed', m.tenant) AS payer,
         -- Where payers share a tenant's time, each has its own row; the time is told once.
         if(m.kind = 'marker' OR (c.known = 1 AND row_number() OVER
             (PARTITION BY m.pool, m.minute, m.tenant, m.kind, m.activity ORDER BY c.payer) > 1), 0, m.us) AS gpu_us,
         if(m.kind = 'marker', 1, m.us) AS part,
-        multiIf(m.kind = 'marker', toInt128(greatest(1, dateDiff('minute', m.interval_start,
-                least(m.interval_end, toStartOfMinute(now64(3, 'UTC')) + INTERVAL 1 MINUTE)))),
-            c.known = 1, c.key_us, m.service_us) AS whole,
+        multiIf(m.kind = 'marker', toInt128(dateDiff('minute', m.interval_start, m.interval_end)), c.known = 1, c.key_us,
+            m.service_us) AS whole,
         if(c.known = 1, c.asset_currency, m.pool_currency) AS asset_currency, c.charge_currency AS charge_currency,
         toDecimal256(if(c.known = 1, c.cost, m.pool_cost), 18) * part / nullIf(toInt256(whole), 0) AS cost,
         if(c.known = 1, toDecimal256(c.charge, 18) * part / nullIf(toInt256(whole), 0), NULL) AS charged,
-        if(c.known = 1 AND m.kind != 'marker', m.estimate, 1) AS estimate, c.lacks AS incomplete
+        if(c.known = 1 AND m.minute < m.interval_end, m.estimate, 1) AS estimate, c.lacks AS incomplete
     FROM minutes AS m
     LEFT JOIN money AS c
         ON m.pool = c.pool AND m.tenant = c.at_tenant AND m.kind = c.at_kind
-            AND if(m.minute < m.interval_end, m.interval_start, toDateTime64(0, 3, 'UTC')) = c.interval_start
+            AND m.interval_start = c.interval_start
     WHERE m.kind != 'marker' OR c.known = 1
 );
 
@@ -114,10 +117,13 @@ seen AS (
 )
 SELECT p.pool AS pool, p.minute AS minute, p.tenant AS tenant, p.payer AS payer,
     multiIf(p.kind != 'held', p.kind, s.known = 1, s.activity, 'pending') AS state,
-    CAST(round(toDecimal256(p.us, 18) * if(s.known = 1, s.us, 1) / if(s.known = 1, s.all_us, 1) / 60000000, 6), 'Decimal(38, 6)') AS gpus,
+    CAST(round(toDecimal256(p.us, 18) * if(s.known = 1, s.us, 1) / if(s.known = 1, s.all_us, 1) / 60000000, 6),
+        'Decimal(38, 6)') AS gpus,
     p.asset_currency AS asset_currency, p.charge_currency AS charge_currency,
-    CAST(round(toDecimal256(p.cost, 18) * if(s.known = 1, s.us, 1) / if(s.known = 1, s.all_us, 1), 9), 'Nullable(Decimal(38, 9))') AS asset_cost_per_second,
-    CAST(round(toDecimal256(p.charge, 18) * if(s.known = 1, s.us, 1) / if(s.known = 1, s.all_us, 1), 9), 'Nullable(Decimal(38, 9))') AS charge_per_second
+    CAST(round(toDecimal256(p.cost, 18) * if(s.known = 1, s.us, 1) / if(s.known = 1, s.all_us, 1), 9),
+        'Nullable(Decimal(38, 9))') AS asset_cost_per_second,
+    CAST(round(toDecimal256(p.charge, 18) * if(s.known = 1, s.us, 1) / if(s.known = 1, s.all_us, 1), 9),
+        'Nullable(Decimal(38, 9))') AS charge_per_second
 FROM present AS p
 LEFT JOIN seen AS s ON p.pool = s.pool AND p.tenant = s.tenant AND p.kind = s.kind;
 
@@ -130,8 +136,8 @@ GROUP BY pool, minute, tenant, kind;
 
 -- Money by tenant: the asset cost it bears and the charges it owes, per price interval. One row has one of the two.
 CREATE OR REPLACE VIEW v_money AS
-SELECT pool, interval_start, interval_end, if(payer = '', '(operator)', payer) AS tenant, kind, asset_currency AS currency,
-    asset_cost, CAST(NULL, 'Nullable(Decimal(38, 9))') AS charge, estimate, incomplete
+SELECT pool, interval_start, interval_end, if(payer = '', '(operator)', payer) AS tenant, kind,
+    asset_currency AS currency, asset_cost, CAST(NULL, 'Nullable(Decimal(38, 9))') AS charge, estimate, incomplete
 FROM v_charges
 UNION ALL
 SELECT pool, interval_start, interval_end, tenant, kind, charge_currency AS currency,
@@ -180,8 +186,10 @@ WITH running AS (
 SELECT r.job_id AS job_id, if(c.tenant != '', c.tenant, r.claimed_tenant) AS tenant, r.user AS user, j.name AS name,
     r.gpus AS gpus, r.started_at AS started_at, greatest(r.started_at, oldest) AS cost_since,
     toInt128(c.us) AS gpu_us,
-    CAST(if(c.observed_us > 0, round(toDecimal256(c.active_us, 12) / c.observed_us, 6), NULL), 'Nullable(Decimal(38, 6))') AS active_share,
-    c.asset_currency AS asset_currency, c.asset_cost AS asset_cost, c.charge_currency AS charge_currency, c.charge AS charge
+    CAST(if(c.observed_us > 0, round(toDecimal256(c.active_us, 12) / c.observed_us, 6), NULL),
+        'Nullable(Decimal(38, 6))') AS active_share,
+    c.asset_currency AS asset_currency, c.asset_cost AS asset_cost, c.charge_currency AS charge_currency,
+    c.charge AS charge
 FROM running AS r
 LEFT JOIN (
     SELECT job_id, any(tenant) AS tenant, sum(toInt128(gpu_us)) AS us,
@@ -217,10 +225,14 @@ stored AS (
 ),
 newest AS (
     SELECT count() AS n, dateDiff('second', min(until), at) - 60 AS lag
-    FROM (SELECT pool, maxIf(minute, complete = 1) AS until FROM v_minute_state WHERE minute >= at - INTERVAL 1 HOUR GROUP BY pool)
+    FROM (
+        SELECT pool, maxIf(minute, complete = 1) AS until FROM v_minute_state WHERE minute >= at - INTERVAL 1 HOUR
+        GROUP BY pool
+    )
 ),
 hour AS (
-    SELECT countIf(minute < at - INTERVAL 4 MINUTE) AS due, countIf(minute < at - INTERVAL 4 MINUTE AND complete = 1) AS complete,
+    SELECT countIf(minute < at - INTERVAL 4 MINUTE) AS due,
+        countIf(minute < at - INTERVAL 4 MINUTE AND complete = 1) AS complete,
         count() AS n, countIf(state = 'unbalanced') AS unbalanced
     FROM v_minute_state WHERE minute >= at - INTERVAL 1 HOUR
 ),
@@ -249,11 +261,13 @@ SELECT position, name, status, value, action FROM (
         multiIf(n = 0, 'none yet', lag > 86400, 'not in the last hour', concat(toString(lag), ' s ago')),
         'A pool waits for one partition: gpuledger status names the one that holds it back.' FROM newest
     UNION ALL
-    SELECT 3, 'Minutes complete', multiIf(due = 0, 'unknown', complete = due, 'ok', complete * 100 >= due * 98, 'warn', 'bad'),
+    SELECT 3, 'Minutes complete',
+        multiIf(due = 0, 'unknown', complete = due, 'ok', complete * 100 >= due * 98, 'warn', 'bad'),
         if(due = 0, 'none due yet', concat(toString(complete), ' of ', toString(due))),
         'Minutes older than four are still open: the worker is behind, or stopped.' FROM hour
     UNION ALL
-    SELECT 4, 'Held time seen', multiIf(held = 0, 'unknown', seen * 100 >= held * 98, 'ok', seen * 100 >= held * 90, 'warn', 'bad'),
+    SELECT 4, 'Held time seen',
+        multiIf(held = 0, 'unknown', seen * 100 >= held * 98, 'ok', seen * 100 >= held * 90, 'warn', 'bad'),
         if(held = 0, 'nothing held', concat(toString(toDecimal32(seen * 100 / held, 1)), ' %')),
         'Agents are silent on GPUs that are held: find their nodes in gpuledger status.' FROM seen
     UNION ALL
@@ -262,7 +276,8 @@ SELECT position, name, status, value, action FROM (
         'Run gpuledger audit: it names the first pool, GPU and minute that differ.' FROM hour
     UNION ALL
     SELECT 6, 'Money balances', multiIf(n = 0, 'unknown', off = 0, 'ok', 'bad'),
-        multiIf(n = 0, 'no costs yet', off = 0, concat(toString(n), ' intervals'), concat(toString(off), ' of ', toString(n), ' off')),
+        multiIf(n = 0, 'no costs yet', off = 0, concat(toString(n), ' intervals'),
+            concat(toString(off), ' of ', toString(n), ' off')),
         'Shares do not sum to the asset cost: run gpuledger audit. Without costs: gpuledger rates apply.' FROM money
     UNION ALL
     SELECT 7, 'Dead letters', if(n = 0, 'ok', 'warn'), if(n = 0, 'none in a day', toString(n)),
