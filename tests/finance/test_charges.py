@@ -197,12 +197,17 @@ def test_an_interval_that_was_not_cut_is_refused() -> None:
 
 
 def test_amounts_beyond_64_bits_stay_exact() -> None:
-    # A period of 9.6e20 in some small currency: 1e19 per quarter, 1e28 nano-units.
+    # 9.6e19 a day in some small currency: 1e18 a quarter, 1e27 nano-units; a GPU-hour costs 4e19, a quarter of it 1e19.
     held: list[Row] = [(t, "j", "held", "active", QUARTER, None) for t in "abc"]
-    rows = table(charge(held, asset_cost(period_cost=Decimal("9.6e20"))))
-    shares = [rows[t, "j", "held", "active"]["asset_cost"] for t in "abc"]
-    assert shares == [Decimal("3333333333333333333.333333334"), *[Decimal("3333333333333333333.333333333")] * 2]
-    assert rows["", "", "marker", ""]["asset_cost"] == Decimal("1e19")
+    events: list[Rate] = [asset_cost(period_cost=Decimal("9.6e19")), rate_card(per_gpu_hour=Decimal("4e19"))]
+    rows = table(charge([*held, ("c", "j", "held", "idle", QUARTER // 2, None)], *events))
+    whole, half = Decimal("285714285714285714.285714286"), Decimal("142857142857142857.142857143")
+    keys = [("a", "active"), ("b", "active"), ("c", "active"), ("c", "idle")]
+    costs = [rows[t, "j", "held", activity]["asset_cost"] for t, activity in keys]
+    assert sum(costs) == rows["", "", "marker", ""]["asset_cost"] == Decimal("1e18")
+    # 2/7 leave 5/7 of a nano-unit each, 1/7 leaves 6/7: three are missing, the half gets one, then the first two.
+    assert costs == [whole, whole, whole - Decimal("1e-9"), half]
+    assert [rows[t, "j", "held", a]["charge"] for t, a in keys] == [Decimal("1e19")] * 3 + [Decimal("5e18")]
 
 
 @pytest.mark.parametrize(

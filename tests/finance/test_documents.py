@@ -91,6 +91,8 @@ def test_applying_twice_changes_nothing_and_a_correction_replaces() -> None:
         (('"10"', '"ten"'), 'expected a decimal string, got "ten"'),
         (('"10"', "NaN"), "expected a decimal string, got"),
         (('"10"', '"inf"'), "expected a decimal string"),
+        (('"10"', '"0.1234567891"'), "asset_costs[0]: period_cost: 0.1234567891 has more than 9 decimals; round it"),
+        (('"10"', '"1e21"'), "asset_costs[0]: period_cost: 1E+21 is too large; check the decimal point"),
         (("2026-01-01T00:00Z", "2026-01-01"), "asset_costs[0].start: 2026-01-01T00:00:00 has no time zone; write"),
         (("2026-01-01T00:00Z", "soon"), "asset_costs[0].start: expected a time, got soon"),
         (("2026-01-01T00:00Z", "2026-01-01T00:00:30Z"), "asset_costs[0]: start: 1767225630000 is not on a UTC minute"),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gpuledger.finance.apportion import apportion_groups, largest_remainder, largest_remainder_exact
 from gpuledger.finance.asset_cost import fixed_cost_nano
 from gpuledger.finance.energy import energy_cost_nano
-from gpuledger.finance.exact import scale_half_even, to_nano
+from gpuledger.finance.exact import half_even, scale_half_even, to_nano
 from gpuledger.finance.rate_cards import CardsInForce
 from gpuledger.finance.rates import Rates
 from gpuledger.schemas.events import AssetCost
@@ -135,8 +135,8 @@ class _Prices:
     card: Text
     currency: Text
     known: Mask
-    held_nano: Int64s
-    reserved_nano: Int64s
+    held_nano: Nanos
+    reserved_nano: Nanos
     operator_pays_unused: Mask
 
 
@@ -155,7 +155,6 @@ def charge_interval(pool: str, start_ms: int, end_ms: int, quantities: Quantitie
     Raises:
         ValueError: not a price interval (rates change inside), rows not sorted, an unknown kind, negative quantities,
             overcommitted time with energy, or a rate with more than 9 decimals.
-        OverflowError: a charge of 2^62 nano-units or more for one job and interval.
     """
     cost = _asset_cost(pool, start_ms, end_ms, rates)
     cards = _cards(pool, start_ms, end_ms, rates)
@@ -306,24 +305,38 @@ def _prices(cards: CardsInForce, rows: _Rows) -> _Prices:
         card=per_row([card.id if card else "" for card in distinct], object),
         currency=per_row([card.currency if card else "" for card in distinct], object),
         known=per_row([card is not None for card in distinct], np.bool_),
-        held_nano=per_row([_nano(card.per_gpu_hour) if card else 0 for card in distinct], np.int64),
-        reserved_nano=per_row([_nano(card.reserved_unused_per_gpu_hour) if card else 0 for card in distinct], np.int64),
+        held_nano=per_row([_nano(card.per_gpu_hour) if card else 0 for card in distinct], object),
+        reserved_nano=per_row([_nano(card.reserved_unused_per_gpu_hour) if card else 0 for card in distinct], object),
         operator_pays_unused=per_row(
             [card is not None and card.reserved_unused_payer == "operator" for card in distinct], np.bool_
         ),
     )
 
 
-def _charges(rows: _Rows, prices: _Prices) -> Int64s:
+def _charges(rows: _Rows, prices: _Prices) -> Nanos:
     """Nano-units per row: one rounding per (tenant, job, kind), divided over its activities by GPU time."""
     if len(rows) == 0:
         return np.zeros(0, dtype=np.int64)
     first = np.flatnonzero(rows.job_begins)
-    group = np.cumsum(rows.job_begins) - 1
-    rate = np.where(rows.code == _HELD, prices.held_nano, 0)
-    rate = np.where(rows.code == _RESERVED_UNUSED, prices.reserved_nano, rate)
-    amounts = scale_half_even(np.add.reduceat(rows.gpu_us, first), rate[first], _US_PER_HOUR)
-    return apportion_groups(amounts, group, rows.gpu_us)
+    gpu_us = np.add.reduceat(rows.gpu_us, first)
+    code = rows.code[first]
+    rate = np.where(code == _HELD, prices.held_nano[first], 0)
+    rate = np.where(code == _RESERVED_UNUSED, prices.reserved_nano[first], rate)
+    try:
+        amounts = scale_half_even(gpu_us, rate.astype(np.int64), _US_PER_HOUR)
+    except OverflowError:
+        return _charges_exact(rows, first, gpu_us, rate)
+    return apportion_groups(amounts, np.cumsum(rows.job_begins) - 1, rows.gpu_us)
+
+
+def _charges_exact(rows: _Rows, first: NDArray[np.intp], gpu_us: Int64s, rate: Nanos) -> Nanos:
+    """The same for amounts that 64 bits cannot hold: a price that slipped must not stop the ledger of everybody."""
+    charge: list[int] = []
+    ends = [*first[1:].tolist(), len(rows)]
+    for begin, end, whole, nano in zip(first.tolist(), ends, gpu_us.tolist(), rate.tolist(), strict=True):
+        amount = half_even(whole * nano, _US_PER_HOUR)
+        charge += largest_remainder_exact(amount, rows.gpu_us[begin:end].tolist())
+    return np.array(charge, dtype=object)
 
 
 def _payers(rows: _Rows, prices: _Prices) -> Text:
@@ -340,7 +353,7 @@ def _assemble(
     rows: _Rows,
     costs: _Costs,
     prices: _Prices,
-    charge: Int64s,
+    charge: Nanos,
 ) -> Charges:
     """The rows and, last, the marker: GPU time in service, the energy known, the whole cost."""
     counted = rows.bears & rows.energy_known

@@ -55,7 +55,7 @@ def scale_half_even(amount: NDArray[np.int64], factor: NDArray[np.int64], diviso
     """amount x factor / divisor per row, rounded half-even; factors may be negative, amounts not.
 
     Raises:
-        OverflowError: an operand or a result is 2^62 or more.
+        OverflowError: an operand or a result is 2^62 or more; `half_even` takes those.
     """
     if len(amount) == 0:
         return np.zeros(0, dtype=np.int64)

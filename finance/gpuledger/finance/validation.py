@@ -10,16 +10,14 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import pairwise
 
-from gpuledger.finance.exact import to_nano
 from gpuledger.finance.rates import Rate, Rates
 from gpuledger.finance.tariffs import Tariff
 from gpuledger.schemas.events import AssetCost, RateCard
 
 __all__ = ["prices_end", "validate"]
 
-#: A price beyond it is a slip of the decimal point, and would leave the arithmetic of columns.
+#: A price per kWh or GPU-hour beyond it is a slip of the decimal point.
 _GREATEST_PRICE = Decimal(10**9)
-_GREATEST_COST = Decimal(10**20)
 _SECTION = {"asset_cost": "asset_costs", "rate_card": "rate_cards", "energy_tariff": "energy_tariffs"}
 
 
@@ -71,18 +69,10 @@ def _time(at_ms: int | None) -> str:
     return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%MZ")
 
 
-def _number(place: str, value: Decimal | None, limit: Decimal, exact: bool = True) -> Iterator[str]:
-    if value is None:
-        return
-    if not value.is_finite():
-        yield f"{place}: {value} is not a number"
-    elif abs(value) >= limit:
+def _number(place: str, value: Decimal | None, limit: Decimal) -> Iterator[str]:
+    """That decimals are finite and short enough is the events' own matter; here is what cannot be meant."""
+    if value is not None and abs(value) >= limit:
         yield f"{place}: {value} is beyond {limit:.0f}; check the decimal point and the unit"
-    elif exact:
-        try:
-            to_nano(value)
-        except ValueError as error:
-            yield f"{place}: {error}; round it to 9 decimals"
 
 
 def _overlap(at: _Positions, first: AssetCost | RateCard, second: AssetCost | RateCard, of: str) -> str:
@@ -98,9 +88,8 @@ def _costs(rates: Rates, at: _Positions, now_ms: int | None) -> Iterator[str]:
             if second.start_ms < first.end_ms:
                 yield _overlap(at, first, second, f"pool {pool}")
         for cost in costs.costs:
-            yield from _number(at.of(cost, "period_cost"), cost.period_cost, _GREATEST_COST)
-            yield from _number(at.of(cost, "pue"), cost.pue, Decimal(100), exact=False)
-            yield from _number(at.of(cost, "node_energy_factor"), cost.node_energy_factor, Decimal(100), exact=False)
+            yield from _number(at.of(cost, "pue"), cost.pue, Decimal(100))
+            yield from _number(at.of(cost, "node_energy_factor"), cost.node_energy_factor, Decimal(100))
             if cost.tariff:
                 yield from _tariff_of(cost, rates.tariffs.get(cost.tariff), rates, at, now_ms)
 
@@ -151,7 +140,7 @@ def _tariffs(rates: Rates, at: _Positions) -> Iterator[str]:
     for _, tariff in sorted(rates.tariffs.items()):
         for n, point in enumerate(tariff.tariff.prices):
             place = f"{at.of(tariff.tariff)}.prices[{n}].per_kwh"
-            yield from _number(place, point.per_kwh, _GREATEST_PRICE, exact=False)
+            yield from _number(place, point.per_kwh, _GREATEST_PRICE)
 
 
 def _pools(rates: Rates, pools: Collection[str], at: _Positions) -> Iterator[str]:

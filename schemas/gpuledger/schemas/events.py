@@ -216,6 +216,23 @@ def _check_minute(field: str, value: int | None) -> None:
         raise ValueError(f"{field}: {value} is not on a UTC minute; rates change on minute boundaries only")
 
 
+#: Beyond it a number is a slip, and "1e999999" would keep a process busy for hours.
+_DECIMAL_LIMIT = Decimal(10**20)
+
+
+def _check_decimal(field: str, value: Decimal | None, places: int) -> None:
+    """Refuses what cannot be added up exactly; here, so that it never reaches a computation."""
+    if value is None:
+        return
+    if not value.is_finite():
+        raise ValueError(f"{field}: {value} is not a number")
+    exponent = value.as_tuple().exponent
+    if abs(value) >= _DECIMAL_LIMIT:
+        raise ValueError(f"{field}: {value} is too large; check the decimal point and the unit")
+    if isinstance(exponent, int) and exponent < -places:
+        raise ValueError(f"{field}: {value} has more than {places} decimals; round it")
+
+
 class AssetCost(Fact, frozen=True, kw_only=True, tag="asset_cost"):
     """What the operator pays for a pool over one period, spread evenly over its minutes, and its energy terms.
 
@@ -239,6 +256,9 @@ class AssetCost(Fact, frozen=True, kw_only=True, tag="asset_cost"):
         _check_minute("end_ms", self.end_ms)
         if self.end_ms == self.start_ms:
             raise ValueError("end_ms: the period has no minutes")
+        _check_decimal("period_cost", self.period_cost, 9)
+        _check_decimal("pue", self.pue, 18)
+        _check_decimal("node_energy_factor", self.node_energy_factor, 18)
         if self.pue < 1:
             raise ValueError(f"pue: expected 1 or more, got {self.pue}")
         if self.node_energy_factor <= 0:
@@ -250,6 +270,9 @@ class PricePoint(msgspec.Struct, frozen=True):
 
     start_ms: TimeMs
     per_kwh: Decimal
+
+    def __post_init__(self) -> None:
+        _check_decimal("per_kwh", self.per_kwh, 18)
 
 
 class EnergyTariff(Fact, frozen=True, kw_only=True, tag="energy_tariff"):
@@ -293,6 +316,8 @@ class RateCard(Fact, frozen=True, kw_only=True, tag="rate_card"):
         _check_interval(self.start_ms, self.end_ms)
         _check_minute("start_ms", self.start_ms)
         _check_minute("end_ms", self.end_ms)
+        _check_decimal("per_gpu_hour", self.per_gpu_hour, 9)
+        _check_decimal("reserved_unused_per_gpu_hour", self.reserved_unused_per_gpu_hour, 9)
 
 
 class Dirty(Event, frozen=True, kw_only=True, tag="dirty"):
