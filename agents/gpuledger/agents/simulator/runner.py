@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +30,10 @@ STATE_FILE = "simulator.json"
 _SAVE_EVERY_MS = 5_000
 #: A tick may be this late before the delay is logged: the fleet is too large for the machine or the broker too slow.
 _LATE_MS = 5_000
+
+
+#: Waits so many seconds, or less once the event is set.
+Pause = Callable[[asyncio.Event, float], Awaitable[None]]
 
 
 class Sink(Protocol):
@@ -100,17 +104,20 @@ async def run_simulation(
     state_path: Path | None = None,
     for_ms: int | None = None,
     clock: Clock | None = None,
+    pause: Pause | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> World:
     """Simulates until `stop` is set or `for_ms` of wall time have passed, then sends what is measured and saves.
 
-    While the broker is away it waits, and catches up afterwards. Without `state_path` nothing is remembered.
+    While the broker is away it waits, and catches up afterwards. Without `state_path` nothing is remembered; `clock`
+    and `pause` are the machine's unless given.
 
     Raises:
         ScenarioError: the saved state cannot be used.
         MessageRejected: the broker refuses a message for good.
     """
     clock = clock or SystemClock()
+    pause = pause or _pause
     state = load_state(state_path, scenario) if state_path is not None else None
     begun_ms = clock.wall_ms()
     start_ms = begun_ms - (scenario.start_back_s * 1000 if state is None else 0)
@@ -125,7 +132,7 @@ async def run_simulation(
         if until_ms is not None:
             wait_ms = min(wait_ms, max(0, until_ms - clock.wall_ms()))
         if wait_ms:
-            await _pause(stop, wait_ms / 1000)
+            await pause(stop, wait_ms / 1000)
             continue
         messages = world.tick()
         if state_path is not None and (
@@ -133,7 +140,7 @@ async def run_simulation(
         ):
             save_state(state_path, world.state())
             saved_ms = world.now_ms
-        await _send(sink, messages, stop)
+        await _send(sink, messages, stop, pause)
         sent += len(messages)
         sent_bytes += sum(len(message.value) for message in messages)
         behind_ms = pace.due_ms(clock.wall_ms()) - world.now_ms
@@ -146,11 +153,11 @@ async def run_simulation(
             await asyncio.sleep(0)
     if state_path is not None:
         save_state(state_path, world.state())
-    await _send(sink, world.finish(), stop)
+    await _send(sink, world.finish(), stop, pause)
     return world
 
 
-async def _send(sink: Sink, messages: Sequence[Message], stop: asyncio.Event) -> None:
+async def _send(sink: Sink, messages: Sequence[Message], stop: asyncio.Event, pause: Pause) -> None:
     """Sends, again and again while the broker is away; a stop gives up at the next failure."""
     while messages:
         try:
@@ -160,7 +167,7 @@ async def _send(sink: Sink, messages: Sequence[Message], stop: asyncio.Event) ->
                 log.warning("%d messages were not sent at the end: %s", len(messages), error)
                 return
             log.warning("the simulation waits for the broker: %s", error)
-            await _pause(stop, 1.0)
+            await pause(stop, 1.0)
         else:
             return
 
