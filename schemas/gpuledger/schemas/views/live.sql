@@ -72,7 +72,8 @@ FROM (
         if(m.kind = 'marker' OR (c.known = 1 AND row_number() OVER
             (PARTITION BY m.pool, m.minute, m.tenant, m.kind, m.activity ORDER BY c.payer) > 1), 0, m.us) AS gpu_us,
         if(m.kind = 'marker', 1, m.us) AS part,
-        multiIf(m.kind = 'marker', toInt128(dateDiff('minute', m.interval_start, m.interval_end)), c.known = 1, c.key_us,
+        multiIf(m.kind = 'marker', toInt128(dateDiff('minute', m.interval_start, m.interval_end)),
+            c.known = 1, c.key_us,
             m.service_us) AS whole,
         if(c.known = 1, c.asset_currency, m.pool_currency) AS asset_currency, c.charge_currency AS charge_currency,
         toDecimal256(if(c.known = 1, c.cost, m.pool_cost), 18) * part / nullIf(toInt256(whole), 0) AS cost,
