@@ -62,7 +62,7 @@ class EngineError(Exception):
         while _NESTED.match(text):
             # The engine wraps some errors once more and appends its version in between.
             text = _VERSION.sub("", _NESTED.sub("", text))
-        return cls(int(found.group(1)), text)
+        return cls(int(found.group(1)), _VERSION.sub("", text))
 
 
 def http_status(code: int) -> int:

@@ -2,13 +2,15 @@
 is told to stop, and is gone within ten seconds.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -99,12 +101,18 @@ def _run(app: ClickHouseApp, listener: socket.socket, url: str, port_file: Path 
 
 
 class _Server(uvicorn.Server):
-    """Says when it is ready."""
+    """Says when it is ready, and comes back from a signal: uvicorn would raise it again, and the engine never close."""
 
     def __init__(self, config: uvicorn.Config, url: str, port_file: Path | None) -> None:
         super().__init__(config)
         self._url = url
         self._port_file = port_file
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle_exit)
+        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)

@@ -194,7 +194,6 @@ def server_xml(users_file: Path, server_memory_bytes: int) -> str:
     tables out, after which the directory would not open again.
     """
     return f"""<clickhouse>
-  <timezone>UTC</timezone>
   <max_server_memory_usage>{server_memory_bytes}</max_server_memory_usage>
   <mark_cache_size>{min(268435456, server_memory_bytes // 8)}</mark_cache_size>
   <uncompressed_cache_size>0</uncompressed_cache_size>

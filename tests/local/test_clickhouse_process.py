@@ -1,0 +1,168 @@
+"""The process: starting, stopping, dying, and what is on disk afterwards."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import clickhouse_connect
+import pyarrow as pa
+import pytest
+from clickhouse_connect.driver.exceptions import Error
+
+from gpuledger.local.clickhouse import EmbeddedClickHouse
+from gpuledger.local.exceptions import DirectoryInUse, PortTaken, ServiceFailed
+from tests.local.processes import ProcessHandle
+
+pytestmark = pytest.mark.services
+
+_MEMORY_BYTES = 2**30
+
+
+def _server(directory: Path, port: int = 0) -> EmbeddedClickHouse:
+    return EmbeddedClickHouse(directory, port, memory_bytes=_MEMORY_BYTES)
+
+
+def _count(server: EmbeddedClickHouse, sql: str) -> int:
+    with clickhouse_connect.get_client(host="127.0.0.1", port=server.port) as client:
+        return int(str(client.command(sql)))
+
+
+def test_data_survives_a_restart(tmp_path: Path) -> None:
+    server = _server(tmp_path)
+    with server:
+        _count(server, "SELECT 1")
+        with clickhouse_connect.get_client(host="127.0.0.1", port=server.port) as client:
+            client.command("CREATE TABLE t (a Int64) ENGINE = MergeTree ORDER BY a")
+            client.insert("t", [[1], [2]], column_names=["a"])
+    assert server.poll() == 0
+    with server:
+        assert _count(server, "SELECT sum(a) FROM t") == 3
+
+
+def test_a_directory_in_use_names_the_holder(tmp_path: Path) -> None:
+    with _server(tmp_path) as server, pytest.raises(DirectoryInUse) as caught:
+        _server(tmp_path).start()
+    assert caught.value.pid == server.pid
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortTaken, match=str(port)):
+            _server(tmp_path / "a", port=port).start()
+        command = [
+            sys.executable,
+            "-m",
+            "gpuledger.local.clickhouse",
+            "--data",
+            str(tmp_path / "b"),
+            "--port",
+            str(port),
+        ]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert f"127.0.0.1:{port}" in ended.stderr
+
+
+def test_the_command_line_refuses_an_open_port_without_passwords(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gpuledger.local.clickhouse", "--data", str(tmp_path), "--host", "0.0.0.0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "users.default" in ended.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_even_while_queries_run(tmp_path: Path, number: signal.Signals) -> None:
+    server = _server(tmp_path)
+    server.start()
+    try:
+        # One that answers nothing yet and one whose client takes nothing.
+        for sql in (
+            b"SELECT count() FROM numbers(100000000000) WHERE NOT ignore(sipHash64(number)) FORMAT JSON",
+            b"SELECT number FROM numbers(100000000000)",
+        ):
+            connection = socket.create_connection(("127.0.0.1", server.port))
+            connection.sendall(b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n%s" % (len(sql), sql))
+        with ProcessHandle(server.pid) as process:
+            time.sleep(0.5)
+            os.kill(server.pid, number)
+            assert process.ended(10)
+    finally:
+        server.stop(0)
+    with server:
+        assert _count(server, "SELECT 1") == 1
+
+
+def test_it_dies_with_its_parent(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib\n"
+        "from gpuledger.local.clickhouse import EmbeddedClickHouse\n"
+        f"server = EmbeddedClickHouse(pathlib.Path({str(tmp_path)!r}), memory_bytes={_MEMORY_BYTES})\n"
+        "server.start()\n"
+        "print(server.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        with ProcessHandle(int(parent.stdout.readline())) as child:
+            parent.kill()
+            assert child.ended(10)
+    finally:
+        parent.kill()
+        parent.wait()
+        assert parent.stdout is not None
+        parent.stdout.close()
+
+
+def test_kill_9_during_inserts_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    rows = 2_000
+    acknowledged: list[int] = []
+    attempted = 0
+    server = _server(tmp_path)
+    for round_number in range(4):
+        server.start()
+        with clickhouse_connect.get_client(host="127.0.0.1", port=server.port) as client:
+            client.command(
+                "CREATE TABLE IF NOT EXISTS blocks (block Int64, row Int64, s String) ENGINE = MergeTree ORDER BY block"
+            )
+            killer = threading.Timer(0.4 + 0.2 * round_number, server.kill)
+            killer.start()
+            try:
+                while True:
+                    block = attempted
+                    attempted += 1
+                    client.insert_arrow(
+                        "blocks",
+                        pa.table(
+                            {
+                                "block": pa.array([block] * rows, pa.int64()),
+                                "row": pa.array(range(rows), pa.int64()),
+                                "s": pa.array([f"row-{row}" for row in range(rows)]),
+                            }
+                        ),
+                    )
+                    acknowledged.append(block)
+            except Error:
+                # The kill.
+                killer.join()
+        server.stop()
+    with server, clickhouse_connect.get_client(host="127.0.0.1", port=server.port) as client:
+        found = client.query(
+            "SELECT block, count(), uniqExact(row) FROM blocks GROUP BY block ORDER BY block"
+        ).result_rows
+    assert len(acknowledged) > 20
+    assert set(acknowledged) <= {block for block, _, _ in found}
+    # Whole or not at all; never twice: clickhouse-connect does not repeat an insert whose answer it did not get.
+    assert {(count, distinct) for _, count, distinct in found} == {(rows, rows)}
+
+
+def test_a_failed_start_shows_the_log(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("not a directory")
+    with pytest.raises(ServiceFailed):
+        _server(tmp_path).start()
