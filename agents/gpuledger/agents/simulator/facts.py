@@ -38,6 +38,8 @@ def _end(start_ms: int, until_s: int | None) -> int | None:
 def rate_facts(scenario: Scenario, start_ms: int, now_ms: int) -> Iterator[Fact]:
     """Tenants, tariffs, asset costs and rate cards as they are published at `now_ms` of a simulation of `start_ms`."""
     first_day = start_ms - start_ms % DAY_MS
+    # The books open with the site: a day's cost before its first GPU would only be the operator's.
+    opened = start_ms - start_ms % _MINUTE_MS
     for tenant in scenario.tenants:
         rules = [AccountRule(match="account", value=account) for account in tenant.accounts]
         yield Tenant(id=tenant.id, revision=start_ms, claimed_at_ms=start_ms, name=tenant.name, rules=rules)
@@ -46,7 +48,7 @@ def rate_facts(scenario: Scenario, start_ms: int, now_ms: int) -> Iterator[Fact]
     for plan in scenario.asset_costs:
         site = scenario.site(scenario.pool(plan.pool).site)
         length = plan.period_days * DAY_MS
-        for n in range((now_ms + _HORIZON_MS - first_day) // length + 1):
+        for n in range((now_ms + _HORIZON_MS - opened) // length + 1):
             yield AssetCost(
                 id=f"{scenario.name}:cost:{plan.pool}:{n}",
                 revision=start_ms,
@@ -54,8 +56,8 @@ def rate_facts(scenario: Scenario, start_ms: int, now_ms: int) -> Iterator[Fact]
                 pool=plan.pool,
                 currency=plan.currency,
                 period_cost=plan.period_cost,
-                start_ms=first_day + n * length,
-                end_ms=first_day + (n + 1) * length,
+                start_ms=opened + n * length,
+                end_ms=opened + (n + 1) * length,
                 pue=site.pue,
                 node_energy_factor=plan.node_energy_factor,
                 tariff=plan.tariff,
@@ -71,7 +73,7 @@ def rate_facts(scenario: Scenario, start_ms: int, now_ms: int) -> Iterator[Fact]
             per_gpu_hour=card.per_gpu_hour,
             reserved_unused_per_gpu_hour=card.reserved_unused_per_gpu_hour,
             reserved_unused_payer=card.reserved_unused_payer,
-            start_ms=first_day,
+            start_ms=opened,
         )
 
 
