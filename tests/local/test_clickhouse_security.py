@@ -79,6 +79,9 @@ def test_a_reader_reads_and_nothing_else(guarded: EmbeddedClickHouse) -> None:
             "OPTIMIZE TABLE t FINAL",
             "SYSTEM FLUSH LOGS",
             "KILL QUERY WHERE 1",
+            "SYSTEM STOP MERGES",
+            "UNDROP TABLE t",
+            "RENAME TABLE t TO t2",
             "SET readonly = 0",
             "SET max_threads = 1",
             "SELECT 1 SETTINGS readonly = 0",
@@ -89,6 +92,8 @@ def test_a_reader_reads_and_nothing_else(guarded: EmbeddedClickHouse) -> None:
             assert caught.value.code in (164, 497), sql
         with pytest.raises(DatabaseError):
             client.insert("t", [[2]], column_names=["a"])
+        for sql in ("EXISTS t", "EXPLAIN SELECT 1", "SHOW CREATE TABLE t", "DESCRIBE TABLE t"):
+            assert client.command(sql)
         # In its session, too: what it could not set stays unset.
         with pytest.raises(DatabaseError):
             client.command("INSERT INTO t VALUES (2)")

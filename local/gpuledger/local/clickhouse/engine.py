@@ -56,13 +56,15 @@ class Limits:
 class Setup:
     """What is set on a handle before its statement runs: `session` are earlier SET statements of its session.
 
-    `readonly` is applied last, so that nothing before it can lift it; 0 leaves it alone.
+    `defaults` come first, as a session may have made itself read-only; `readonly` last, so that nothing before it can
+    lift it; 0 leaves it alone.
     """
 
     database: str
     tag: str
     session: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
+    defaults: Mapping[str, str] = field(default_factory=dict[str, str])
     readonly: int = 0
 
     def statements(self) -> list[str]:
@@ -70,12 +72,10 @@ class Setup:
         for name in self.settings:
             if not _SETTING_NAME.fullmatch(name):
                 raise EngineError.of(115, "UNKNOWN_SETTING", f"{name!r} is not the name of a setting")
-        # The tag comes first: a session may have made itself read-only.
-        statements = [f"SET log_comment = {quote_string(self.tag)}", f"USE {quote_identifier(self.database)}"]
+        statements = [_set({"log_comment": self.tag, **self.defaults}), f"USE {quote_identifier(self.database)}"]
         statements += self.session
         if self.settings:
-            assignments = ", ".join(f"{name} = {quote_string(value)}" for name, value in self.settings.items())
-            statements.append(f"SET {assignments}")
+            statements.append(_set(self.settings))
         return statements
 
     def lock(self) -> list[str]:
@@ -353,6 +353,10 @@ class Engine:
 
 def _in(pool: ThreadPoolExecutor, job: Callable[[], T]) -> Awaitable[T]:
     return asyncio.get_running_loop().run_in_executor(pool, job)
+
+
+def _set(values: Mapping[str, str]) -> str:
+    return "SET " + ", ".join(f"{name} = {quote_string(value)}" for name, value in values.items())
 
 
 def _too_many(what: str, limit: int) -> EngineError:

@@ -86,6 +86,9 @@ class Execution:
 
     async def run(self, prepared: Prepared, response: Response) -> None:
         """Raises EngineError where the client must be told, Disconnected where there is no client any more."""
+        if self._setup.readonly and not prepared.runs_as_read:
+            # The engine itself lets read-only users stop merges, undrop tables and kill the queries of others.
+            raise EngineError.of(164, "READONLY", "Cannot execute query in readonly mode")
         if prepared.verb == "KILL" and prepared.data is None:
             await self._kill(prepared, response)
         elif not prepared.runs_as_read:
@@ -161,9 +164,8 @@ class Execution:
     async def _read(self, prepared: Prepared, response: Response) -> None:
         output_format = self._output_format(prepared)
         setup = self._setup
-        if prepared.kind.reads and "max_result_bytes" not in setup.settings:
-            limit = str(self._engine.limits.unstreamed_bytes)
-            setup = replace(setup, settings={"max_result_bytes": limit, **setup.settings})
+        if prepared.kind.reads:
+            setup = replace(setup, defaults={"max_result_bytes": str(self._engine.limits.unstreamed_bytes)})
         elif prepared.kind.kind == "UNKNOWN":
             setup = replace(setup, readonly=setup.readonly or 1)
 
