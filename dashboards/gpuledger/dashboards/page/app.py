@@ -69,6 +69,12 @@ class _Page:
         self.static = load_static(settings.echarts)
         self.board = board_json(feed.board, settings.title)
         self.streams = 0
+        self.closing = False
+
+    def close_streams(self) -> None:
+        """Ends every event stream: a server that stops would wait for them."""
+        self.closing = True
+        self.feed.wake_readers()
 
     async def index(self, request: Request) -> Response:
         self.feed.touch()
@@ -99,7 +105,7 @@ class _Page:
         status = ""
         try:
             yield f"retry: 2000\nevent: board\ndata: {json.dumps(self.board)}\n\n"
-            while True:
+            while not self.closing:
                 change, silent = self.feed.next_change(), True
                 for message in self.feed.updates(sent):
                     silent = False
@@ -154,7 +160,7 @@ def create_app(settings: PageSettings, source: Source, board: Board = LIVE) -> S
             thread.close()
 
     hosts = allowed_hosts(settings.host, settings.hosts)
-    return Starlette(
+    app = Starlette(
         lifespan=lifespan,
         # Compression leaves event streams and what is compressed already alone.
         middleware=[Middleware(Guard, hosts=hosts), Middleware(GZipMiddleware, minimum_size=1024)],
@@ -168,3 +174,5 @@ def create_app(settings: PageSettings, source: Source, board: Board = LIVE) -> S
             Route("/metrics", page.metrics),
         ],
     )
+    app.state.close_streams = page.close_streams
+    return app

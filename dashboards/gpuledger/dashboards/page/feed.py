@@ -112,6 +112,10 @@ class Feed:
         """Set at the next change. Take it before `updates`, or a change in between is missed."""
         return self._changed
 
+    def wake_readers(self) -> None:
+        """Readers look again although nothing has changed."""
+        self._tell()
+
     async def fresh(self, timeout_s: float) -> None:
         """Waits until every panel was asked once, or the database is known to be away."""
         deadline = self._clock() + timeout_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from typing import cast
 
 import uvicorn
 from starlette.applications import Starlette
@@ -13,7 +14,7 @@ from gpuledger.dashboards.exceptions import DashboardError
 
 __all__ = ["PageServer", "serve"]
 
-#: Event streams never end by themselves: without a limit, uvicorn waits for them for ever.
+#: Event streams are ended at the stop; a browser that does not read its last bytes would hold it up for ever.
 _GRACE_S = 1
 
 
@@ -26,6 +27,8 @@ class PageServer(uvicorn.Server):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self.socket.bind((host, port))
+            # Who connects before the loop runs waits; nobody is refused.
+            self.socket.listen(128)
         except OSError as error:
             self.socket.close()
             raise DashboardError(
@@ -39,6 +42,11 @@ class PageServer(uvicorn.Server):
             app, log_config=None, access_log=False, timeout_graceful_shutdown=_GRACE_S, server_header=False
         )
         super().__init__(config)
+        self._close_streams = cast("Callable[[], None]", app.state.close_streams)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._close_streams()
+        await super().shutdown(sockets)
 
     def start_in_thread(self) -> threading.Thread:
         """Serves from a daemon thread; set `should_exit` to end it."""
@@ -54,6 +62,5 @@ def serve(app: Starlette, host: str, port: int, ready: Callable[[str], None] = l
         DashboardError: the address cannot be listened on.
     """
     server = PageServer(app, host, port)
-    server.socket.listen(128)  # connections wait here from now on; none is refused
     ready(server.url)
     server.run(sockets=[server.socket])
