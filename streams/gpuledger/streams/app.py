@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from faust.types import TP
 from gpuledger.agents.messages import Message, event_message
 from gpuledger.agents.publisher import Publisher
 from gpuledger.schemas.config import Config
-from gpuledger.schemas.events import DeadLetter, Dirty, encode_event
+from gpuledger.schemas.events import Alert, DeadLetter, Dirty, encode_event
 from gpuledger.schemas.topics import TOPICS, topic_name
+from gpuledger.streams.alert_watch import AlertWatch
 from gpuledger.streams.blocks import Record, block_topic, faust_settings
 from gpuledger.streams.brokers import Ticker, faust_credentials
 from gpuledger.streams.dirty import Pace
@@ -32,14 +33,16 @@ from gpuledger.streams.dirty_agent import DirtyStats, take_dirty
 from gpuledger.streams.frontier import Frontier, FrontierStats
 from gpuledger.streams.intake import Barrier, IntakeLimits, IntakeStats, intake, no_barrier
 from gpuledger.streams.recomputer import LedgerRules, Recomputer
-from gpuledger.streams.sinks import MAX_LETTER_BYTES, DeadLetterSink, FactsSink, TelemetrySink
+from gpuledger.streams.sinks import MAX_LETTER_BYTES, AlertsSink, DeadLetterSink, FactsSink, TelemetrySink
 from gpuledger.streams.store import Store, is_io_error
+from gpuledger.streams.webhook import WebhookSender
 
 __all__ = ["Pipeline", "make_pipeline", "rules_of"]
 
 log = logging.getLogger(__name__)
 
-FACT_TOPICS = ("allocations", "inventory", "jobs", "capacity", "rates", "alerts")
+FACT_TOPICS = ("allocations", "inventory", "jobs", "capacity", "rates")
+_WATCH_EVERY_S = 5.0
 GATES = tuple(name for name, topic in TOPICS.items() if topic.gates)
 
 
@@ -63,6 +66,8 @@ class Pipeline:
     dirty: DirtyStats = field(default_factory=DirtyStats)
     frontier: FrontierStats = field(default_factory=FrontierStats)
     ticks_failed: int = 0
+    alerts_published: int = 0
+    alerts_failed: int = 0
 
 
 def make_pipeline(
@@ -117,6 +122,8 @@ def make_pipeline(
     consume("telemetry", lambda: TelemetrySink(Store(config.clickhouse), mark, rules.confirm_ms))
     for name in FACT_TOPICS:
         consume(name, lambda name=name: FactsSink(Store(config.clickhouse), name, mark))
+    hooks = [WebhookSender(webhook) for webhook in config.alerts.webhooks]
+    consume("alerts", lambda: AlertsSink(Store(config.clickhouse), mark, lambda alert: _tell(hooks, alert)))
     consume("deadletter", lambda: DeadLetterSink(Store(config.clickhouse)))
 
     dirty_topic = block_topic(app, topic_name(kafka.topic_prefix, "dirty"))
@@ -155,13 +162,34 @@ def make_pipeline(
                 pipeline.ticks_failed += 1
                 log.warning("ticks not sent: %s", error)
 
+    watch = AlertWatch(
+        Store(config.clickhouse),
+        rules,
+        config.alerts.reserved_unused,
+        lambda alert: publisher.publish_many([event_message(alert)]),
+    )
+
+    @app.timer(interval=_WATCH_EVERY_S)
+    async def look_for_under_use() -> None:
+        if leads in app.consumer.assignment():
+            await watch.look()
+            pipeline.alerts_published, pipeline.alerts_failed = watch.published, watch.failures
+
     @app.task
     async def close_with_the_app() -> None:
+        for sender in hooks:
+            sender.start()
         try:
             await asyncio.Event().wait()
         finally:
-            await asyncio.gather(ticker.stop(), publisher.close(), return_exceptions=True)
+            closing = [ticker.stop(), publisher.close(), *(sender.close() for sender in hooks)]
+            await asyncio.gather(*closing, return_exceptions=True)
 
     # Faust registers by decoration.
-    del dirty, advance, tick, close_with_the_app
+    del dirty, advance, tick, look_for_under_use, close_with_the_app
     return pipeline
+
+
+def _tell(senders: Sequence[WebhookSender], alert: Alert) -> None:
+    for sender in senders:
+        sender.offer(alert)

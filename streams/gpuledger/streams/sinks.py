@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gpuledger.schemas.events import Allocation, DeadLetter, Dirty, Inventory, Placement, Tenant, decode_event
+from gpuledger.schemas.events import Alert, Allocation, DeadLetter, Dirty, Inventory, Placement, Tenant, decode_event
 from gpuledger.schemas.exceptions import MessageError
 from gpuledger.schemas.telemetry import HostReading
 from gpuledger.streams.blocking import BlockingThread
@@ -28,7 +28,16 @@ from gpuledger.streams.intake import Rejected, Stored
 from gpuledger.streams.marks import MINUTE_MS, Marks
 from gpuledger.streams.store import Store
 
-__all__ = ["AHEAD_MS", "MAX_LETTER_BYTES", "TICK_HEADER", "DeadLetterSink", "FactsSink", "Followup", "TelemetrySink"]
+__all__ = [
+    "AHEAD_MS",
+    "MAX_LETTER_BYTES",
+    "TICK_HEADER",
+    "AlertsSink",
+    "DeadLetterSink",
+    "FactsSink",
+    "Followup",
+    "TelemetrySink",
+]
 
 #: A record with this header only says that the partition has nothing older: it moves the frontier.
 TICK_HEADER = "gpuledger-tick"
@@ -80,6 +89,7 @@ class Followup:
 
     marks: Marks
     progress: pa.Table
+    alerts: tuple[Alert, ...] = ()
 
 
 class _MarkingSink:
@@ -283,7 +293,8 @@ class FactsSink(_MarkingSink):
             self._store.insert(table, rows)
         now_ms = max((record.timestamp_ms for record in records), default=0) + AHEAD_MS
         marks = self._marks(facts, now_ms)
-        return Stored(Followup(marks, _progress(records, self._topic)), rejected)
+        alerts = tuple(fact.fact for fact in facts if isinstance(fact.fact, Alert))
+        return Stored(Followup(marks, _progress(records, self._topic), alerts), rejected)
 
     def _new(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
         """Facts that no earlier offset of their partition has brought: those have been stored and marked already."""
@@ -358,6 +369,20 @@ def _chunks(names: Sequence[str], size: int = 2_000) -> Iterable[list[str]]:
     unique = sorted(set(names))
     for start in range(0, len(unique), size):
         yield unique[start : start + size]
+
+
+class AlertsSink(FactsSink):
+    """alerts → the table, and on to whoever is told (webhooks); an alert repeated by a later message is not."""
+
+    def __init__(self, store: Store, send: Send, tell: Callable[[Alert], None]) -> None:
+        super().__init__(store, "alerts", send)
+        self._tell = tell
+
+    async def after(self, stored: Stored[Followup]) -> None:
+        """Tells of the new alerts once they are stored."""
+        await super().after(stored)
+        for alert in stored.marks.alerts:
+            self._tell(alert)
 
 
 class DeadLetterSink:

@@ -60,15 +60,23 @@ _TRANSFERS = """
     SELECT id, from_tenant, to_tenant, gpus, start_ms, end_ms, state, cityHash64(id, rank) AS hash FROM transfers FINAL
     WHERE pool = {pool:String} AND start_ms < {to_ms:Int64} AND (end_ms IS NULL OR end_ms > {from_ms:Int64})
 """
-_FRAGMENTS = """
-    SELECT minute, gpu, instance, run_start_ms, run_id, seq, segment_start_ms, segment_duration_ms, segment_activity,
-        segment_energy_from_mj, segment_energy_to_mj,
-        cityHash64(minute, gpu, instance, run_start_ms, run_id, seq, segment_start_ms, segment_duration_ms,
-            segment_activity, segment_energy_from_mj, segment_energy_to_mj) AS hash
+_FRAGMENT_COLUMNS = """minute, gpu, instance, run_start_ms, run_id, seq, segment_start_ms, segment_duration_ms,
+        segment_activity, segment_energy_from_mj, segment_energy_to_mj"""
+_FRAGMENTS_OF = """
     FROM fragments FINAL
     WHERE minute >= fromUnixTimestamp64Milli({from_ms:Int64}, 'UTC')
         AND minute < fromUnixTimestamp64Milli({to_ms:Int64}, 'UTC')
-        AND gpu IN (SELECT gpu FROM placements WHERE pool = {pool:String})
+        AND gpu IN (SELECT gpu FROM placements WHERE pool = {pool:String})"""
+_FRAGMENTS = f"""
+    SELECT {_FRAGMENT_COLUMNS}, cityHash64({_FRAGMENT_COLUMNS}) AS hash
+    {_FRAGMENTS_OF}
+    SETTINGS do_not_merge_across_partitions_select_final = 1
+"""
+#: The same hash, added up by the server: an audit of a day must not fetch the day.
+_FRAGMENT_PRINTS = f"""
+    SELECT toUnixTimestamp64Milli(minute) AS at_ms, count() AS fragments, sum(cityHash64({_FRAGMENT_COLUMNS})) AS hash
+    {_FRAGMENTS_OF}
+    GROUP BY minute ORDER BY minute
     SETTINGS do_not_merge_across_partitions_select_final = 1
 """
 
@@ -198,6 +206,10 @@ class Store:
     def fragments(self, pool: str, from_ms: int, to_ms: int) -> pa.Table:
         """Fragments of the pool's GPUs with minutes in [from_ms, to_ms), each once, and their `hash`."""
         return self.table(_FRAGMENTS, {"pool": pool, "from_ms": from_ms, "to_ms": to_ms})
+
+    def fragment_prints(self, pool: str, from_ms: int, to_ms: int) -> pa.Table:
+        """Of each minute that has fragments: at_ms, their number, and the sum of their hashes modulo 2^64."""
+        return self.table(_FRAGMENT_PRINTS, {"pool": pool, "from_ms": from_ms, "to_ms": to_ms})
 
     # -- how far everything has been stored
 

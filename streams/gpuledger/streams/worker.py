@@ -105,5 +105,7 @@ def metrics_of(pipeline: Pipeline) -> list[Metric]:
     lag = None if complete == 0 else (time.time_ns() // 1_000_000 - complete) / 1e3
     add("completeness_lag_seconds", "gauge", "Age of the newest complete minute's end.", lag)
     add("frontier_failures_total", "counter", "Passes of the frontier that failed.", frontier.failures)
+    add("alerts_published_total", "counter", "Alerts that began or ended.", pipeline.alerts_published)
+    add("alert_looks_failed_total", "counter", "Looks for under-use that failed.", pipeline.alerts_failed)
     add("ticks_failed_total", "counter", "Ticks that could not be sent.", pipeline.ticks_failed)
     return out
