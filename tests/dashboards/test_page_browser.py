@@ -21,7 +21,8 @@ class Tab:
     """A tab with all that it complained about and asked for."""
 
     def __init__(self, browser: Browser, **options: Any) -> None:
-        self.context: BrowserContext = browser.new_context(**{"color_scheme": "light", **options})
+        given: dict[str, Any] = {"color_scheme": "light", **options}
+        self.context: BrowserContext = browser.new_context(**given)
         self.page: Page = self.context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []
