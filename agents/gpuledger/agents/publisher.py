@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import ssl
 import time
 from collections import deque
@@ -31,7 +32,7 @@ MAX_IN_FLIGHT_BYTES = 8 << 20
 _MAX_BATCH_BYTES = 1 << 20
 _MAX_MESSAGE_BYTES = 16 << 20
 _FIRST_BACKOFF_S = 0.2
-_LONGEST_BACKOFF_S = 30.0
+_LONGEST_BACKOFF_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,8 +323,10 @@ class Publisher:
             try:
                 sent = await self._drain_once(outbox)
             except PublishError as error:
-                log.warning("not sent: %s; trying again in %.1f s", error, backoff)
-                await _first(stop, None, backoff)
+                # Jitter: the agents of a site must not all come back in the same moment.
+                pause_s = backoff * (0.5 + random.random())
+                log.warning("not sent: %s; trying again in %.1f s", error, pause_s)
+                await _first(stop, None, pause_s)
                 backoff = min(backoff * 2, _LONGEST_BACKOFF_S)
                 continue
             backoff = _FIRST_BACKOFF_S

@@ -110,8 +110,19 @@ def _remapped(nvml: Any, handle: Any) -> dict[str, Cell]:
     }
 
 
+def _compute_pids(nvml: Any, handle: Any) -> list[int]:
+    """The pids with a compute context; older drivers know only the older call."""
+    try:
+        found = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
+    except nvml.NVMLError as error:
+        if error.value != nvml.NVML_ERROR_FUNCTION_NOT_FOUND:
+            raise
+        found = nvml.nvmlDeviceGetComputeRunningProcesses_v2(handle)
+    return sorted({int(process.pid) for process in found})
+
+
 def _process_count(nvml: Any, handle: Any) -> dict[str, Cell]:
-    return {"processes": len(nvml.nvmlDeviceGetComputeRunningProcesses(handle))}
+    return {"processes": len(_compute_pids(nvml, handle))}
 
 
 READERS: tuple[Reader, ...] = (
@@ -155,8 +166,11 @@ class _Gpu:
                 if _is_unsupported(nvml, error):
                     self.readers.remove(reader)
                     log.info("GPU %d: %s is not supported (%s)", self.info.index, reader.__name__.strip("_"), error)
-            except AttributeError:  # this nvidia-ml-py does not know the call
+            except Exception as error:
+                # nvidia-ml-py does not know the call, or driver and library disagree on its layout: the other calls
+                # must go on.
                 self.readers.remove(reader)
+                log.warning("GPU %d: %s cannot be read: %r", self.info.index, reader.__name__.strip("_"), error)
         return row
 
 
@@ -254,9 +268,7 @@ class NvmlCollector:
         return found
 
     def _processes_of(self, gpu: _Gpu) -> Callable[[], list[int]]:
-        return lambda: sorted(
-            {int(process.pid) for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(gpu.handle)}
-        )
+        return lambda: _compute_pids(self._nvml, gpu.handle)
 
     def close(self) -> None:
         for gpu in self._gpus:
