@@ -18,6 +18,9 @@ __all__ = ["DirtyQueue", "Pace", "Slice"]
 
 B = TypeVar("B")
 
+#: A slice holds its rows in memory: a month of hours is enough to make its fixed cost small.
+_MAX_UNITS = 31 * 24
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -39,13 +42,15 @@ class Slice:
 @dataclass(frozen=True, slots=True)
 class Pace:
     """How time is shared. `unit_ms`: slices of older time are multiples of it; `live_ms`: younger minutes are computed
-    on their own, at most every `live_every_ms` per pool; `slice_ms`: time for older slices; `settle_ms`: how long an
-    older range waits for more marks of its pool, at most `patience_ms`; the unit still open is computed every
-    `open_every_ms`, or after `open_share` times what it took."""
+    on their own, at most every `live_every_ms` per pool, and with at most one part in `live_share` of the time for all
+    pools together; `slice_ms`: time for older slices; `settle_ms`: how long an older range waits for more marks of its
+    pool, at most `patience_ms`; the unit still open is computed every `open_every_ms`, and with at most one part in
+    `open_share` of the time."""
 
     unit_ms: int
     live_ms: int = 600_000
     live_every_ms: int = 1_000
+    live_share: int = 3
     slice_ms: int = 500
     settle_ms: int = 1_500
     patience_ms: int = 15_000
@@ -70,11 +75,12 @@ class _Pool:
     partition: int
     offset: int
     live_at: int = -(10**9)
+    live_took: int = 0
     open_at: int = -(10**9)
     open_took: int = 0
     marked_at: int = 0
     waiting_since: int | None = None
-    unit_cost_ms: float = 50.0
+    units: int = 1
 
 
 @dataclass(slots=True)
@@ -118,13 +124,15 @@ class DirtyQueue(Generic[B]):
 
     def next(self, now_ms: int, clock_ms: int) -> Slice | None:
         """The slice to compute now; None when nothing is due yet."""
-        live = sorted(self._pools, key=lambda pool: self._pools[pool].live_at)
-        for pool in live:
-            found = self._live(pool, clock_ms)
+        states = self._pools.values()
+        live_every_ms = max(self.pace.live_every_ms, self.pace.live_share * sum(s.live_took for s in states))
+        open_every_ms = max(self.pace.open_every_ms, self.pace.open_share * sum(s.open_took for s in states))
+        for pool in sorted(self._pools, key=lambda pool: self._pools[pool].live_at):
+            found = self._live(pool, clock_ms, live_every_ms)
             if found is not None:
                 return found
-        for pool in live:
-            found = self._open(pool, now_ms, clock_ms)
+        for pool in sorted(self._pools, key=lambda pool: self._pools[pool].open_at):
+            found = self._open(pool, now_ms, clock_ms, open_every_ms)
             if found is not None:
                 return found
         older = [found for pool in self._pools if (found := self._older(pool, now_ms, clock_ms)) is not None]
@@ -134,9 +142,9 @@ class DirtyQueue(Generic[B]):
         state = self._pools[pool]
         return Slice(kind, pool, from_ms, to_ms, state.partition, state.offset, self._taken)
 
-    def _live(self, pool: str, clock_ms: int) -> Slice | None:
+    def _live(self, pool: str, clock_ms: int, every_ms: int) -> Slice | None:
         state = self._pools[pool]
-        if clock_ms < state.live_at + self.pace.live_every_ms:
+        if clock_ms < state.live_at + every_ms:
             return None
         ranges = list(self._outstanding(pool, "minutes"))
         if not ranges:
@@ -144,11 +152,11 @@ class DirtyQueue(Generic[B]):
         state.live_at = clock_ms
         return self._slice("minutes", pool, *ranges[-1])
 
-    def _open(self, pool: str, now_ms: int, clock_ms: int) -> Slice | None:
+    def _open(self, pool: str, now_ms: int, clock_ms: int, every_ms: int) -> Slice | None:
         """The unit that is not over yet, up to the end of the open minute."""
         state, unit = self._pools[pool], self.pace.unit_ms
         start = now_ms // unit * unit
-        if clock_ms < state.open_at + max(self.pace.open_every_ms, self.pace.open_share * state.open_took):
+        if clock_ms < state.open_at + every_ms:
             return None
         if not self._outstanding(pool, "hours").clip(start, start + unit):
             return None
@@ -164,23 +172,22 @@ class DirtyQueue(Generic[B]):
         settled = clock_ms >= state.marked_at + self.pace.settle_ms
         if not settled and clock_ms < (state.waiting_since or 0) + self.pace.patience_ms:
             return None
-        units = max(1, int(self.pace.slice_ms / max(state.unit_cost_ms, 0.01)))
         start, end = ranges[-1]
-        return self._slice("hours", pool, max(start, end - units * unit), end)
+        return self._slice("hours", pool, max(start, end - state.units * unit), end)
 
     def done(self, slice_: Slice, took_ms: int) -> None:
         """The slice has been written."""
         state, unit = self._pools[slice_.pool], self.pace.unit_ms
         end = slice_.to_ms
-        if slice_.kind == "hours":
-            is_open = end % unit != 0
-            if is_open:
-                state.open_took = took_ms
-                end = -(-end // unit) * unit
-            else:
-                cost = max(took_ms, 1) * unit / (end - slice_.from_ms)
-                # Slower at once, faster by halves: one slow slice must not be followed by a hundred like it.
-                state.unit_cost_ms = max(cost, (state.unit_cost_ms + cost) / 2)
+        if slice_.kind == "minutes":
+            state.live_took = took_ms
+        elif end % unit:
+            state.open_took = took_ms
+            end = -(-end // unit) * unit
+        else:
+            # Longer slices where they are quick, shorter ones where they are slow; both within reason.
+            factor = min(4.0, max(0.25, self.pace.slice_ms / max(took_ms, 1)))
+            state.units = min(_MAX_UNITS, max(1, int((end - slice_.from_ms) // unit * factor)))
         for block in self._blocks.get(slice_.partition, ()):
             if block.number > slice_.taken:
                 break
