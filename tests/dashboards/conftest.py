@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -65,16 +64,9 @@ def _database(server: ClickHouse, name: str, seed: Seed | None) -> SeededLedger:
     return SeededLedger(server, name, seed or Seed(datetime.now(UTC), datetime.now(UTC)))
 
 
-def _away_from_the_minutes_end() -> None:
-    """Tests compare with the seed's open minute: 20 s must be left of it."""
-    if (second := datetime.now(UTC).second) > 40:
-        time.sleep(60 - second)
-
-
 @pytest.fixture(scope="module")
 def ledger(clickhouse: ClickHouse, request: pytest.FixtureRequest) -> Iterator[SeededLedger]:
     """The seeded ledger, fresh for each module: live views look at the last minutes."""
-    _away_from_the_minutes_end()
     name = "seeded_" + request.module.__name__.rpartition(".")[2]
     yield _database(clickhouse, name, make_seed(datetime.now(UTC)))
     with clickhouse.client() as client:
