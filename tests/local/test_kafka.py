@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,13 @@ def test_a_chosen_port_that_is_lost_before_the_bind_is_chosen_again(
     with EmbeddedKafka(tmp_path) as broker:
         assert broker.port != taken_port
         assert "Address already in use" in broker.log_file.read_text()
+
+
+def test_a_cluster_id_never_looks_like_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [uuid.UUID(bytes=b"\xf8" + bytes(15)), uuid.UUID(bytes=b"\x00\xf8" + bytes(14))]
+    monkeypatch.setattr(uuid, "uuid4", lambda: ids.pop(0))
+    with EmbeddedKafka(tmp_path):
+        assert not ids
 
 
 def test_a_stop_before_any_start_is_harmless(tmp_path: Path) -> None:

@@ -271,12 +271,11 @@ class EmbeddedKafka:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         self._write_properties(staging, free_port(), free_port())
-        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
         command = [
             *self._java(class_path),
             "kafka.tools.StorageTool",
             "format",
-            *("--config", str(self._properties), "--cluster-id", cluster_id),
+            *("--config", str(self._properties), "--cluster-id", _cluster_id()),
         ]
         try:
             done = subprocess.run(
@@ -364,6 +363,14 @@ class EmbeddedKafka:
 
 def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _JAVA_VARIABLES}
+
+
+def _cluster_id() -> str:
+    """A random one as Kafka writes it, never with a dash in front: the tool would take it for an option."""
+    while True:
+        text = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
+        if not text.startswith("-"):
+            return text
 
 
 def _escaped(value: str) -> str:
