@@ -7,7 +7,8 @@ import { element } from "/static/dom.js";
 import { addDecimals, clockTime, dateTime, duration, formatValue, plain, relative } from "/static/format.js";
 import { drawTable } from "/static/tables.js";
 
-const HALF = new Set(["fleet-now", "last-shift", "money-by-pool", "money-by-tenant", "ledger-health", "transfers"]);
+// Of 24: cards up to this width stand two in a row on a narrower screen.
+const HALF = 10;
 
 export class Card {
   constructor(panel) {
@@ -37,7 +38,7 @@ export class Card {
     const plainTable = panel.kind === "table" && panel.look === "table";
     this.root = element(
       "section",
-      { class: "card", id, "aria-labelledby": `${id}-title`, "data-kind": panel.kind, "data-state": "loading", "--w": panel.width, "data-half": HALF.has(panel.id) ? "" : null },
+      { class: "card", id, "aria-labelledby": `${id}-title`, "data-kind": panel.kind, "data-state": "loading", "--w": panel.width, "data-half": panel.width <= HALF ? "" : null },
       element("header", {}, this.heading, about, plainTable ? null : this.tableButton),
       this.about,
       this.body,
