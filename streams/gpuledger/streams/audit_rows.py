@@ -40,7 +40,8 @@ def _at(sql: str) -> str:
 
 
 _MINUTE_ROWS = _at("""
-    SELECT tenant, kind, activity, gpu_us, energy_mj FROM v_ledger_minute WHERE pool = {pool:String} AND minute = $at""")
+    SELECT tenant, kind, activity, gpu_us, energy_mj
+    FROM v_ledger_minute WHERE pool = {pool:String} AND minute = $at""")
 _GPU_MINUTE_ROWS = _at("""
     SELECT gpu, tenant, job_id, instance, kind, activity, gpu_us, energy_mj
     FROM v_gpu_minute WHERE pool = {pool:String} AND minute = $at""")
@@ -199,8 +200,16 @@ def hour_differences(store: Store, recomputer: Recomputer, pool: str, from_ms: i
     return found
 
 
-_MONEY_COLUMNS = (
-    *("payer", "asset_cost", "energy_cost", "asset_currency", "charge", "charge_currency", "rate_card", "incomplete"),
+_MONEY_KEY = ("tenant", "job_id", "kind", "activity")
+_MONEY = (
+    "payer",
+    "asset_cost",
+    "energy_cost",
+    "asset_currency",
+    "charge",
+    "charge_currency",
+    "rate_card",
+    "incomplete",
 )
 
 
@@ -214,7 +223,7 @@ def money_differences(store: Store, rules: LedgerRules, pool: str, at_ms: int) -
     if (at_ms, end_ms) not in price_intervals(pool, at_ms, end_ms, rates, rules.price_interval_minutes):
         what = f"ends at {end_ms}"
         return [Finding("money", at_ms, pool, "", "recomputed money", "price interval", "as the rates cut it", what)]
-    keys = ("tenant", "job_id", "kind", "activity")
+    keys = _MONEY_KEY
     # Python's order of strings, in which the quantities were sorted when they were charged.
     rows = sorted(stored.to_pylist(), key=lambda row: tuple(row[name] for name in keys))
     texts = [np.array([row[name] for row in rows], dtype=object) for name in keys]
@@ -237,5 +246,5 @@ def money_differences(store: Store, rules: LedgerRules, pool: str, at_ms: int) -
 def _money_rows(rows: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> dict[tuple[str, ...], tuple[Any, ...]]:
     out: dict[tuple[str, ...], list[tuple[Any, ...]]] = defaultdict(list)
     for row in rows:
-        out[tuple(row[name] for name in keys)].append(tuple(row[name] for name in _MONEY_COLUMNS))
+        out[tuple(row[name] for name in keys)].append(tuple(row[name] for name in _MONEY))
     return {key: tuple(value for part in sorted(parts, key=str) for value in part) for key, parts in out.items()}
