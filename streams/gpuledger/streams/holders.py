@@ -117,11 +117,15 @@ def _times(table: pa.Table, name: str, null: int) -> Ints:
     return table.column(name).fill_null(null).to_numpy().astype(np.int64)
 
 
-def _codes(values: Sequence[str]) -> tuple[Ints, list[str]]:
+def _codes(values: pa.Array | pa.ChunkedArray) -> tuple[Ints, list[str]]:
     """Codes that sort as the strings do, and the strings by code."""
-    names = sorted(set(values))
-    index = {name: n for n, name in enumerate(names)}
-    return np.fromiter((index[value] for value in values), dtype=np.int64, count=len(values)), names
+    column = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    encoded = column.dictionary_encode()
+    names: list[str] = encoded.dictionary.to_pylist()
+    order = sorted(range(len(names)), key=names.__getitem__)
+    rank = np.empty(len(names), dtype=np.int64)
+    rank[order] = np.arange(len(names))
+    return rank[encoded.indices.to_numpy()] if names else np.empty(0, np.int64), [names[n] for n in order]
 
 
 # ------------------------------------------------------------------------------------------------- service
@@ -167,13 +171,33 @@ class _Service:
     mine: NDArray[np.bool_]
 
 
-def _service(
-    facts: PoolFacts, gpus: Mapping[str, int], from_ms: int, to_ms: int, conflicts: list[Conflict]
-) -> _Service:
+def _service(facts: PoolFacts, gpu: Ints, from_ms: int, to_ms: int, conflicts: list[Conflict]) -> _Service:
+    """`gpu`: the code of each placement's GPU. A GPU with one placement, as nearly all are, needs no comparing."""
     table = facts.placements
-    by_gpu: dict[str, list[_Claim]] = defaultdict(list)
+    start, end = _times(table, "start_ms", 0), _times(table, "end_ms", OPEN_END_MS)
+    inside = (start < to_ms) & (end > from_ms) & (start < end)
+    claims = np.bincount(gpu[inside], minlength=int(gpu.max(initial=-1)) + 1)
+    pool_code, pools = _codes(table.column("pool"))
+    mine = pool_code == (pools.index(facts.pool) if facts.pool in pools else -1)
+    alone = np.flatnonzero(inside & (claims[gpu] == 1))
+    lo, hi = np.maximum(start, from_ms), np.minimum(end, to_ms)
+    parts = [np.stack([gpu[alone], lo[alone], hi[alone], mine[alone]], axis=1)]
+    several = np.flatnonzero(inside & (claims[gpu] > 1))
+    if len(several):
+        parts.append(_contested(facts, several, gpu, (from_ms, to_ms), conflicts))
+    rows = np.concatenate(parts).astype(np.int64)
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    return _Service(rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3].astype(bool))
+
+
+def _contested(
+    facts: PoolFacts, rows: Ints, gpu: Ints, window: tuple[int, int], conflicts: list[Conflict]
+) -> NDArray[np.int64]:
+    """(gpu, start, end, of this pool) of the GPUs that several placements claim."""
+    table = facts.placements.take(pa.array(rows))
+    by_gpu: dict[int, list[_Claim]] = defaultdict(list)
     columns = (
-        _strings(table, "gpu"),
+        gpu[rows].tolist(),
         table.column("claimed_at").cast(pa.int64()).to_pylist(),
         _strings(table, "node"),
         _strings(table, "id"),
@@ -181,23 +205,17 @@ def _service(
         _times(table, "start_ms", 0).tolist(),
         _times(table, "end_ms", OPEN_END_MS).tolist(),
     )
-    for gpu, claimed_at, node, id_, pool, start_ms, end_ms in zip(*columns, strict=True):
-        if start_ms < to_ms and end_ms > from_ms and start_ms < end_ms:
-            by_gpu[gpu].append(_Claim(claimed_at, node, id_, pool, start_ms, end_ms))
+    names = dict(zip(gpu[rows].tolist(), _strings(table, "gpu"), strict=True))
+    for code, claimed_at, node, id_, pool, start_ms, end_ms in zip(*columns, strict=True):
+        by_gpu[code].append(_Claim(claimed_at, node, id_, pool, start_ms, end_ms))
     out: list[tuple[int, int, int, bool]] = []
-    for gpu, claims in by_gpu.items():
-        if len(claims) == 1:
-            claim = claims[0]
-            out.append((gpus[gpu], max(from_ms, claim.start), min(to_ms, claim.end), claim.pool == facts.pool))
-            continue
-        for begin, finish, winner, beaten in _winners(claims, from_ms, to_ms):
-            out.append((gpus[gpu], begin, finish, winner.pool == facts.pool))
+    for code, claims in by_gpu.items():
+        for begin, finish, winner, beaten in _winners(claims, *window):
+            out.append((code, begin, finish, winner.pool == facts.pool))
             if beaten is not None and facts.pool in (winner.pool, beaten.pool):
                 detail = f"{winner.node} in {winner.pool} (newer claim) against {beaten.node} in {beaten.pool}"
-                conflicts.append(Conflict("placement", gpu, beaten.id, begin, finish, detail))
-    out.sort()
-    arrays = np.array(out, dtype=np.int64).reshape(-1, 4)
-    return _Service(arrays[:, 0], arrays[:, 1], arrays[:, 2], arrays[:, 3].astype(bool))
+                conflicts.append(Conflict("placement", names[code], beaten.id, begin, finish, detail))
+    return np.array(out, dtype=np.int64).reshape(-1, 4)
 
 
 # ------------------------------------------------------------------------------------------------- claims
@@ -294,6 +312,11 @@ def _attribute(
     return np.array(out_row, np.int64), np.array(out_start, np.int64), np.array(out_end, np.int64), out_tenant
 
 
+def _source_ranks(table: pa.Table) -> Ints:
+    code, names = _codes(table.column("source"))
+    return np.array([SOURCES.index(name) for name in names], dtype=np.int64)[code] if names else code
+
+
 def _claims(
     facts: PoolFacts, gpus: Mapping[str, int], from_ms: int, to_ms: int, confirm_ms: int
 ) -> tuple[_Claims, Holders]:
@@ -304,7 +327,8 @@ def _claims(
     open_ = ~table.column("end_ms").is_valid().to_numpy()
     end = np.where(open_, _boot_ends(facts, open_), explicit)
     confirmed = np.where(open_, np.maximum(start, _times(table, "named_ms", 0)) + confirm_ms, OPEN_END_MS)
-    gpu = np.array([gpus.get(name, -1) for name in _strings(table, "gpu")], dtype=np.int64)
+    code, names = _codes(table.column("gpu"))
+    gpu = np.array([gpus.get(name, -1) for name in names], dtype=np.int64)[code] if names else code
     num = _times(table, "weight_num", 0)
 
     lo, hi = np.maximum(start, from_ms), np.minimum(end, to_ms)
@@ -318,10 +342,10 @@ def _claims(
     row = row[pick]
 
     taken = table.select(["id", "job_id", "user", "source"]).take(pa.array(row))
-    tenant_code, tenants = _codes([tenant[n] for n in pick])
-    job_code, jobs = _codes(_strings(taken, "job_id"))
-    user_code, users = _codes(_strings(taken, "user"))
-    id_code, ids = _codes(_strings(taken, "id"))
+    tenant_code, tenants = _codes(pa.array([tenant[n] for n in pick], type=pa.string()))
+    job_code, jobs = _codes(taken.column("job_id"))
+    user_code, users = _codes(taken.column("user"))
+    id_code, ids = _codes(taken.column("id"))
     instance = table.column("instance").to_numpy().astype(np.int64)[row]
     keys = np.stack([tenant_code, job_code, user_code, instance, unconfirmed.astype(np.int64)], axis=1)
     unique, holder = np.unique(keys, axis=0, return_inverse=True)
@@ -338,7 +362,7 @@ def _claims(
         end=finish,
         holder=holder.reshape(-1).astype(np.int64),
         job=job_code,
-        source=np.array([SOURCES.index(source) for source in _strings(taken, "source")], dtype=np.int64),
+        source=_source_ranks(taken),
         num=num[row],
         den=_times(table, "weight_den", 1)[row],
         order=id_code,
@@ -396,9 +420,9 @@ def spans(facts: PoolFacts, from_ms: int, to_ms: int, confirm_ms: int) -> Spans:
     `confirm_ms`: how long an allocation without an end counts after the last batch that named it (DESIGN section 4).
     """
     conflicts: list[Conflict] = []
-    gpus = sorted(set(_strings(facts.placements, "gpu")))
+    placed, gpus = _codes(facts.placements.column("gpu"))
     index = {gpu: n for n, gpu in enumerate(gpus)}
-    service = _service(facts, index, from_ms, to_ms, conflicts)
+    service = _service(facts, placed, from_ms, to_ms, conflicts)
     claims, holders = _claims(facts, index, from_ms, to_ms, confirm_ms)
 
     width = to_ms - from_ms + 1  # one more than the window: the end of one GPU is not the start of the next

@@ -53,7 +53,9 @@ def run_worker(config: Config, datadir: Path, barrier: Callable[[str], Barrier] 
     pipeline = make_pipeline(config, rules_of(config, partitions), epoch, datadir, barrier)
     _serve_health(config, pipeline)
     log.info("worker starts", extra={"group": config.worker.group, "epoch": epoch, "partitions": partitions})
-    faust.Worker(pipeline.app, loglevel=None, override_logging=False, quiet=True).execute_from_commandline()
+    worker = faust.Worker(pipeline.app, loglevel=None, override_logging=False, quiet=True)
+    worker.spinner = None  # it writes terminal escapes into the log
+    worker.execute_from_commandline()
 
 
 def _serve_health(config: Config, pipeline: Pipeline) -> None:
