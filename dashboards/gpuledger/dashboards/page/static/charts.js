@@ -93,10 +93,13 @@ function markLine(marks, since, now, narrow) {
   };
 }
 
+/** A ledger younger than its range fills the chart with what there is, from the first minute on. */
+const SHORTEST_MS = 300_000;
+
 /** Stacked steps over time up to `now`; `hidden` holds ids that the legend has switched off. */
 export function timeseries(panel, aligned, { now, marks, hidden, narrow }) {
   const { times, series } = aligned;
-  const since = now - (panel.range_s || 3600) * 1000;
+  const since = Math.max(now - (panel.range_s || 3600) * 1000, Math.min(times[0] ?? 0, now - SHORTEST_MS));
   const shown = series.filter((one) => !hidden.has(one.id));
   const end = times.length && now - times.at(-1) < panel.step_s * 2000 ? [now] : [];
   const points = [...times, ...end];
