@@ -58,21 +58,23 @@ def at(n: int, column: str = "minute") -> str:
 
 
 def test_a_ledger_that_is_right_balances_to_the_last_row(ledger: SmallLedger) -> None:
-    report = audited(ledger, sample=10_000)
+    report = audited(ledger, sample=20, seed=3)
     assert report.findings == []
-    assert report.balanced
+    assert report.balanced and report.sampled == 20
     # Intervals: four an hour in the pool with prices, and one more where the price of energy changes in one.
     expected = (2 * HOURS * 60, 2 * HOURS, 4 * HOURS + 1)
     assert (report.minutes, report.hours, report.intervals) == expected
-    assert report.sampled == report.minutes and report.pending_minutes == 0
+    assert (report.pending_minutes, report.open_hours) == (0, 0)
     assert ledger.store.rows("SELECT count() FROM v_gpu_minute")[0][0] > 50, "the ledger has no telemetry to audit"
+    report = audited(ledger, sample=1000, bounds=(minute(8), minute(22)))
+    assert (report.findings, report.sampled) == ([], 28)
 
 
 def test_open_minutes_and_hours_are_left_out_and_counted(ledger: SmallLedger) -> None:
     ledger.store.client.command("TRUNCATE TABLE progress")
     ledger.stored_until(END_MS - 20 * MINUTE_MS + RULES.grace_ms)
     ledger.compute()
-    report = audited(ledger, sample=50)
+    report = audited(ledger, sample=9)
     assert (report.findings, report.minutes) == ([], 2 * (HOURS * 60 - 20))
     assert (report.pending_minutes, report.hours, report.open_hours) == (40, 2 * (HOURS - 1), 2)
 
@@ -101,10 +103,17 @@ def test_a_deleted_marker_and_a_deleted_minute(ledger: SmallLedger) -> None:
 
 
 def test_a_deleted_gpu_row(ledger: SmallLedger) -> None:
-    ledger.sql(f"ALTER TABLE ledger_gpu_minute DELETE WHERE {at(14)} AND gpu = 'g2' AND activity = 'active'")
+    ledger.sql(f"ALTER TABLE ledger_gpu_minute DELETE WHERE {at(15)} AND gpu = 'g2' AND activity = 'active'")
+    report = audited(ledger)
+    assert first(report) == (H100, "g2", 15)
+    assert {"gpu minute against placements", "gpu rows of the minute"} <= checks(report)
+
+
+def test_all_rows_of_a_gpu_deleted(ledger: SmallLedger) -> None:
+    ledger.sql(f"ALTER TABLE ledger_gpu_minute DELETE WHERE {at(14)} AND gpu = 'g2'")
     report = audited(ledger)
     assert first(report) == (H100, "g2", 14)
-    assert {"gpu minute against placements", "gpu rows of the minute"} <= checks(report)
+    assert checks(report) == {"gpu rows of the minute", "gpus of the minute"}
 
 
 def test_a_gpu_row_doubled_with_another_holder(ledger: SmallLedger) -> None:
@@ -135,7 +144,7 @@ def test_one_microsecond_moved_between_two_tenants(ledger: SmallLedger) -> None:
     assert first(report)[::2] == (H100, 60)
     difference = {int(f.found) - int(f.expected) for f in report.findings if f.check == "job hour"}
     assert difference == {1, -1}
-    report = audited(ledger, sample=10_000)
+    report = audited(ledger, sample=1000, bounds=(minute(85), minute(95)))
     assert first(report)[::2] == (H100, 90), "the sample names the minute"
 
 
@@ -181,9 +190,9 @@ def test_a_lost_mark_of_telemetry(ledger: SmallLedger) -> None:
     ledger.add_batches([{**late, "devices": [device]}])
     report = audited(ledger)
     assert first(report) == (H100, "g3", 10)
-    assert checks(report) == {"fingerprint: fragments", "fingerprint: fragments' hash"}
+    assert checks(report) >= {"fingerprint: fragments", "fingerprint: fragments' hash"}
     ledger.compute()
-    assert audited(ledger, sample=10_000).balanced
+    assert audited(ledger).balanced
 
 
 def test_a_lost_mark_of_an_allocation(ledger: SmallLedger) -> None:
@@ -193,7 +202,7 @@ def test_a_lost_mark_of_an_allocation(ledger: SmallLedger) -> None:
     assert checks(report) == {"fingerprint: facts"}
     assert {f.at_ms for f in report.findings} == {minute(95), minute(96), minute(97)}
     ledger.compute()
-    assert audited(ledger, sample=10_000).balanced
+    assert audited(ledger).balanced
 
 
 def test_a_mark_that_waits_in_kafka_is_no_finding(ledger: SmallLedger) -> None:
@@ -244,14 +253,14 @@ def test_a_changed_charge_is_found_where_it_is_charged_again(ledger: SmallLedger
     where = f"{at(15, 'interval_start')} AND job_id = 'job-a0' AND activity = 'active'"
     ledger.sql(f"ALTER TABLE charges UPDATE charge = charge + toDecimal128('0.000000001', 9) WHERE {where}")
     assert audited(ledger).balanced
-    report = audited(ledger, sample=10_000)
+    report = audited(ledger, sample=1000, bounds=(minute(14), minute(17)))
     assert first(report)[::2] == (H100, 15)
     assert report.findings[0].subject == "tenant acme, job_id job-a0, kind held, activity active"
 
 
 def test_energy_that_was_changed_is_found_in_the_sample(ledger: SmallLedger) -> None:
     ledger.sql(f"ALTER TABLE ledger_gpu_minute UPDATE energy_mj = energy_mj + 1 WHERE {at(15)} AND gpu = 'g2'")
-    report = audited(ledger, sample=10_000)
+    report = audited(ledger, sample=1000, bounds=(minute(14), minute(17)))
     assert first(report) == (H100, "g2", 15)
     assert checks(report) == {"recomputed gpu minute"}
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gpuledger.streams.audit_checks import CHECKS, MOST_ROWS, Finding, run_check
 from gpuledger.streams.audit_rows import (
+    gpu_counts,
     gpu_time,
     hour_differences,
     minute_differences,
@@ -143,6 +144,7 @@ class _Audit:
         self._kept_from_ms = kept_from_ms
         self._recomputer = Recomputer(store, rules)
         self._complete_ms = self._recomputer.complete_until_ms()
+        self._charged: set[tuple[str, int]] = set()
 
     def run(
         self,
@@ -190,6 +192,7 @@ class _Audit:
         return [_Task(pool, a, b) for a, b in pairwise(edges) if a < b]
 
     def _look(self, tasks: Iterable[_Task], report: AuditReport | None) -> dict[_Task, list[Finding]]:
+        self._charged.clear()
         return {task: self._sample(task) if task.sample else self._range(task, report) for task in tasks}
 
     def _excuse(
@@ -224,7 +227,9 @@ class _Audit:
         if hours[0] < hours[1]:
             findings += gpu_time(self._store, task.pool, service_of(facts, *hours, HOUR_MS), "hour")
         for a, b in self._slices(task.pool, *kept):
-            findings += gpu_time(self._store, task.pool, service_of(facts, a, b, MINUTE_MS), "minute")
+            service = service_of(facts, a, b, MINUTE_MS)
+            findings += gpu_time(self._store, task.pool, service, "minute")
+            findings += gpu_counts(self._store, task.pool, service)
         if report is not None:
             report.minutes += (end - task.from_ms) // MINUTE_MS
             report.pending_minutes += (task.to_ms - end) // MINUTE_MS
@@ -302,8 +307,11 @@ class _Audit:
         start = task.from_ms // unit * unit
         if start + unit > self._complete_ms - _SETTLE_MS:
             return findings
-        at = [t for t in self._intervals(task.pool, start, start + unit) if t <= task.from_ms]
-        return findings + (money_differences(self._store, self._rules, task.pool, at[-1]) if at else [])
+        at = max((t for t in self._intervals(task.pool, start, start + unit) if t <= task.from_ms), default=None)
+        if at is not None and (task.pool, at) not in self._charged:
+            self._charged.add((task.pool, at))
+            findings += money_differences(self._store, self._rules, task.pool, at)
+        return findings
 
     def _name_gpu(self, findings: Sequence[Finding]) -> Finding:
         """The first finding with a GPU: its own, that of another finding there, or what a recompute differs in."""

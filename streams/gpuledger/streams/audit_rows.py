@@ -25,7 +25,15 @@ from gpuledger.streams.pieces import expand
 from gpuledger.streams.recomputer import LedgerRules, Recomputer
 from gpuledger.streams.store import Store
 
-__all__ = ["Service", "gpu_time", "hour_differences", "minute_differences", "money_differences", "service_of"]
+__all__ = [
+    "Service",
+    "gpu_counts",
+    "gpu_time",
+    "hour_differences",
+    "minute_differences",
+    "money_differences",
+    "service_of",
+]
 
 Ints = NDArray[np.int64]
 Rows = dict[tuple[str, ...], tuple[Any, ...]]
@@ -62,6 +70,22 @@ _GPU_SUMS = """
     HAVING us != {unit_us:Int64} OR least < 0 OR {all:UInt8} OR gpu IN {odd:Array(String)}
         OR gpu NOT IN (SELECT gpu FROM placements WHERE pool = {pool:String})
     ORDER BY at_ms, gpu
+"""
+_GPU_COUNTS = """
+    SELECT at_ms, sumIf(gpus, side = 0) AS expected, sumIf(gpus, side = 1) AS found
+    FROM (
+        SELECT toUnixTimestamp64Milli(minute) AS at_ms, uniqExact(gpu) AS gpus, 0 AS side FROM fragments
+        WHERE minute >= fromUnixTimestamp64Milli({from_ms:Int64}, 'UTC')
+            AND minute < fromUnixTimestamp64Milli({to_ms:Int64}, 'UTC') AND arraySum(segment_duration_ms) > 0
+            AND gpu IN (SELECT gpu FROM placements WHERE pool = {pool:String}) AND gpu NOT IN {odd:Array(String)}
+        GROUP BY minute
+        UNION ALL
+        SELECT toUnixTimestamp64Milli(minute) AS at_ms, uniqExact(gpu) AS gpus, 1 AS side FROM v_gpu_minute
+        WHERE pool = {pool:String} AND minute >= fromUnixTimestamp64Milli({from_ms:Int64}, 'UTC')
+            AND minute < fromUnixTimestamp64Milli({to_ms:Int64}, 'UTC') AND gpu NOT IN {odd:Array(String)}
+        GROUP BY minute
+    )
+    GROUP BY at_ms HAVING found != expected ORDER BY at_ms
 """
 
 
@@ -115,6 +139,17 @@ def gpu_time(store: Store, pool: str, service: Service, unit: Literal["minute", 
         elif us != expected:
             found.append(Finding(*about, "time in service", str(expected), str(us)))
     return found
+
+
+def gpu_counts(store: Store, pool: str, service: Service) -> list[Finding]:
+    """Minutes that lack GPUs that were seen, or have GPUs that nobody saw; of the GPUs always in service."""
+    if len(service.odd) > _MOST_NAMES:
+        return []
+    bounds = {"pool": pool, "from_ms": service.from_ms, "to_ms": service.to_ms, "odd": service.odd}
+    return [
+        Finding("minute", int(at_ms), pool, "", "gpus of the minute", "GPUs seen", str(expected), str(found))
+        for at_ms, expected, found in store.rows(_GPU_COUNTS, bounds)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- recomputed
