@@ -118,8 +118,9 @@ def test_compressed_bodies_and_answers(clickhouse_database: ClickHouseDatabase) 
     _, headers, answer = curl("-H", "Accept-Encoding: gzip", query + "&enable_http_compression=1")
     assert headers["content-encoding"] == "gzip"
     assert gzip.decompress(answer) == rows
-    # As on a server, only where it is asked for.
-    assert "content-encoding" not in curl("-H", "Accept-Encoding: gzip", query)[1]
+    assert curl("-H", "Accept-Encoding: gzip", query)[1]["content-encoding"] == "gzip"
+    assert "content-encoding" not in curl(query)[1]
+    assert "content-encoding" not in curl("-H", "Accept-Encoding: gzip", query + "&enable_http_compression=0")[1]
     status, _, answer = curl("-H", "Content-Encoding: gzip", url + "&query=INSERT+INTO+t+FORMAT+TSV", data=b"1\n")
     assert (status, b"CANNOT_DECOMPRESS" in answer) == (400, True)
     cut = gzip.compress(rows)[:-20]
@@ -164,9 +165,19 @@ def test_formats_with_headers_have_one(clickhouse: ClickHouse, output_format: st
 
 
 def test_the_hello_of_clickhouse_go(clickhouse: ClickHouse) -> None:
-    body = curl(clickhouse.url, data=b"SELECT displayName(), version(), revision(), timezone()")[2].split(b"\t")
+    sql = b"SELECT displayName(), version(), revision(), timezone()"
+    body = curl(clickhouse.url, data=sql)[2].split(b"\t")
     assert body[0] == b"gpuledger"
     assert body[2:] == [b"0", b"UTC\n"]
+    # As clickhouse-go sends it: the block has its info and each column its kind of serialisation.
+    url = (
+        clickhouse.url + "/?client_protocol_version=54460&default_format=Native&database=default&max_execution_time=60"
+    )
+    block = curl(url, data=sql)[2]
+    assert block.startswith(b"\x01\x00\x02\xff\xff\xff\xff\x00\x04\x01\x0ddisplayName()\x06String\x00\x09gpuledger")
+    assert block.endswith(b"\x0arevision()\x06UInt32\x00\x00\x00\x00\x00\x0atimezone()\x06String\x00\x03UTC")
+    # Told revision 0, it reads everything else in the plain encoding.
+    assert curl(url, data=b"SELECT toInt8(7) AS a")[2] == b"\x01\x01\x01a\x04Int8\x07"
 
 
 def test_a_query_is_killed_by_its_id(clickhouse: ClickHouse) -> None:

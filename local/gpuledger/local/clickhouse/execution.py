@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from gpuledger.local.clickhouse.body import Disconnected
-from gpuledger.local.clickhouse.engine import Engine, Handle, Setup, Stream
+from gpuledger.local.clickhouse.engine import Engine, Handle, Setup, Stats, Stream
 from gpuledger.local.clickhouse.errors import EngineError
+from gpuledger.local.clickhouse.hello import hello_block
 from gpuledger.local.clickhouse.request import Request
-from gpuledger.local.clickhouse.response import Response
+from gpuledger.local.clickhouse.response import DISPLAY_NAME, Response
 from gpuledger.local.clickhouse.sessions import Session
 from gpuledger.local.clickhouse.sql import quote_string
 from gpuledger.local.clickhouse.statement import Prepared
@@ -89,7 +90,10 @@ class Execution:
         if self._setup.readonly and not prepared.runs_as_read:
             # The engine itself lets read-only users stop merges, undrop tables and kill the queries of others.
             raise EngineError.of(164, "READONLY", "Cannot execute query in readonly mode")
-        if prepared.verb == "KILL" and prepared.data is None:
+        if prepared.is_hello and self._request.protocol_version and self._output_format(prepared) == "Native":
+            block = hello_block(DISPLAY_NAME, self._engine.version, self._request.protocol_version)
+            await response.all(block, "Native", Stats())
+        elif prepared.verb == "KILL" and prepared.data is None:
             await self._kill(prepared, response)
         elif not prepared.runs_as_read:
             await self._write(prepared, response)

@@ -91,6 +91,7 @@ class Request:
     session_check: bool
     default_format: str
     wait_end_of_query: bool
+    protocol_version: int
     accept_encoding: str
     settings: dict[str, str]
     params: dict[str, str]
@@ -128,8 +129,9 @@ def parse_request(scope: Mapping[str, Any]) -> Request:
         session_timeout_s=_timeout(values.get("session_timeout")),
         session_check=_flag(values.get("session_check")),
         default_format=values.get("default_format") or headers.get("x-clickhouse-format") or "TabSeparated",
+        protocol_version=_number(values.get("client_protocol_version")),
         wait_end_of_query=_flag(values.get("wait_end_of_query")),
-        accept_encoding=headers.get("accept-encoding", "") if _flag(values.get("enable_http_compression")) else "",
+        accept_encoding=headers.get("accept-encoding", "") if _flag(values.get("enable_http_compression", "1")) else "",
         settings={},
         params={},
         external={},
@@ -217,6 +219,10 @@ def _timeout(text: str | None) -> float:
             374, "INVALID_SESSION_TIMEOUT", f"Session timeout {text!r} is larger than {MAX_TIMEOUT_S:.0f} seconds"
         )
     return float(text)
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isascii() and text.isdigit() else 0
 
 
 def _flag(text: str | None) -> bool:

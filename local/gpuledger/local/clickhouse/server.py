@@ -19,6 +19,7 @@ import psutil
 import uvicorn
 
 from gpuledger.local.clickhouse.app import ClickHouseApp
+from gpuledger.local.clickhouse.connection import Connection
 from gpuledger.local.clickhouse.engine import Engine, Limits
 from gpuledger.local.clickhouse.users import Users, server_xml, users_xml
 from gpuledger.local.exceptions import LocalError, PortTaken
@@ -84,7 +85,7 @@ def serve(
 def _run(app: ClickHouseApp, listener: socket.socket, url: str, port_file: Path | None) -> None:
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -177,3 +178,7 @@ def configure_logs() -> None:
     handler.setFormatter(JsonLogs())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # How the application drops a client that takes nothing; it says so itself.
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda record: record.getMessage() != "ASGI callable returned without completing response."
+    )

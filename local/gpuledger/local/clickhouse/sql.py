@@ -160,7 +160,7 @@ def _statement(verb: str, tokens: list[_Token], sql: str, data_format: str | Non
         if name == "SOURCE" and index + 2 < len(tokens) and tokens[index + 1].text == "(":
             sources.add(tokens[index + 2].text.strip("`\"'").upper())
     totals = any(_is(a, "WITH") and _is(b, "TOTALS") for a, b in pairwise(tokens))
-    temporary = verb == "CREATE" and any(_is(token, "TEMPORARY") for token in tokens[1:4])
+    temporary = verb == "CREATE" and any(_is(a, "TEMPORARY") and _is(b, "TABLE") for a, b in pairwise(tokens[1:5]))
     return Statement(
         verb, sql, data_format, data_start, frozenset(words), frozenset(calls), frozenset(sources), totals, temporary
     )

@@ -1,6 +1,5 @@
 """From a request and its body to the one statement it asks for, and the rules about what the front refuses."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -9,6 +8,7 @@ from gpuledger.local.clickhouse.body import Body
 from gpuledger.local.clickhouse.compression import decode
 from gpuledger.local.clickhouse.engine import Engine, Limits, StatementClass
 from gpuledger.local.clickhouse.errors import EngineError
+from gpuledger.local.clickhouse.hello import HELLO_SQL, is_hello
 from gpuledger.local.clickhouse.request import ExternalTable, Request, parse_multipart
 from gpuledger.local.clickhouse.sql import Statement, parse
 
@@ -16,13 +16,6 @@ __all__ = ["Prepared", "prepare"]
 
 # What the statement must be found in; data may follow.
 _HEAD_BYTES = 256 * 1024
-
-# clickhouse-go asks this first. Revision 0 keeps it to the Native format without the later additions, which is the one
-# that the engine writes.
-_HELLO = re.compile(r"^\s*SELECT\s+displayName\(\)\s*,\s*version\(\)\s*,\s*revision\(\)\s*,\s*timezone\(\)\s*$", re.I)
-_HELLO_ANSWER = (
-    "SELECT 'gpuledger' AS `displayName()`, version(), toUInt32(0) AS `revision()`, timezone() AS `timezone()`"
-)
 
 # Functions that reach outside the engine and that its grants do not cover.
 _REFUSED_CALLS = frozenset({"PYTHON", "FILE", "EXECUTABLE", "DISK"})
@@ -42,6 +35,10 @@ class Prepared:
     @property
     def verb(self) -> str:
         return self.statement.verb
+
+    @property
+    def is_hello(self) -> bool:
+        return self.sql == HELLO_SQL
 
     @property
     def runs_as_read(self) -> bool:
@@ -75,7 +72,9 @@ def prepare(engine: Engine, request: Request, body: Body, limits: Limits) -> Pre
             statement = parse(rest)
     if statement.data_start is not None:
         data = chain([text[statement.data_start :]], chunks)
-    sql = _HELLO_ANSWER if _HELLO.match(statement.sql.rstrip("; \n")) else statement.sql
+    sql = HELLO_SQL if is_hello(statement.sql) else statement.sql
+    if not _is_unicode(sql):
+        raise EngineError.of(62, "SYNTAX_ERROR", "Syntax error: the statement is not valid UTF-8")
     judged = f"{sql} FORMAT {statement.format}" if data is not None else sql
     kind = engine.classify(judged)
     _check(statement, kind)
@@ -101,10 +100,19 @@ def _check(statement: Statement, kind: StatementClass) -> None:
         raise EngineError.of(497, "ACCESS_DENIED", f"The dictionary source {source} is not allowed")
 
 
+def _is_unicode(text: str) -> bool:
+    # Bytes that are not UTF-8 came through decoding as lone surrogates.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _join(chunks: Iterator[bytes], start: bytes, limit: int) -> bytes:
-    pieces = [start]
-    size = len(start)
-    for chunk in chunks:
+    pieces: list[bytes] = []
+    size = 0
+    for chunk in chain([start], chunks):
         size += len(chunk)
         if size > limit:
             raise EngineError.of(161, "QUERY_IS_TOO_LARGE", f"The statement is larger than {limit} bytes")
