@@ -13,8 +13,9 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 def check_command_line(arguments: Sequence[str]) -> None:
-    """Has the installed program parse the arguments after ``gpuledger``: ``--help`` comes last, so nothing is run, but an
-    unknown command or option is an error all the same."""
+    """Has the installed program parse the arguments after ``gpuledger``. ``--help`` comes last, so nothing is run, but
+    an unknown command or option is an error all the same.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "gpuledger.cli", *arguments, "--help"],
         capture_output=True,

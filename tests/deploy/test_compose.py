@@ -26,7 +26,11 @@ ONCE = {"migrate", "dashboards"}
 def test_everything_of_the_product_is_there() -> None:
     assert OURS.keys() == {"migrate", "worker", "page", "simulator", "dashboards"}
     assert SERVICES.keys() - OURS.keys() == {"kafka", "clickhouse", "grafana"}
-    assert {name for name, service in SERVICES.items() if "profiles" in service} == {"simulator", "dashboards", "grafana"}
+    assert {name for name, service in SERVICES.items() if "profiles" in service} == {
+        "simulator",
+        "dashboards",
+        "grafana",
+    }
 
 
 @pytest.mark.parametrize("name", SERVICES)
