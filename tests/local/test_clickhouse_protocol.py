@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from clickhouse_connect.driver.exceptions import DatabaseError
 
+from gpuledger.local.clickhouse.errors import CODES
 from tests.fixtures.clickhouse import ClickHouse, ClickHouseDatabase
 
 pytestmark = pytest.mark.services
@@ -83,6 +84,13 @@ def test_errors_have_the_servers_status_and_code(clickhouse: ClickHouse, sql: by
     assert (got, headers["x-clickhouse-exception-code"]) == (status, str(code))
     assert body.startswith(f"Code: {code}. DB::Exception: ".encode())
     assert body.rstrip().endswith(b"(official build))")
+
+
+def test_the_numbers_of_errors_are_the_engines(clickhouse: ClickHouse) -> None:
+    with clickhouse.client() as client:
+        rows = client.query("SELECT errorCodeToName(number), number FROM numbers(1, 2000)").result_rows
+    known = {str(row[0]): row[1] for row in rows}
+    assert {name: known.get(name) for name in CODES} == CODES
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class ClickHouseApp:
         try:
             if scope["method"] not in _METHODS:
                 raise EngineError.of(
-                    1, "UNSUPPORTED_METHOD", f"Method {scope['method']} is not supported; use GET or POST", 405
+                    "UNSUPPORTED_METHOD", f"Method {scope['method']} is not supported; use GET or POST", 405
                 )
             if scope["path"] in ("/ping", "/replicas_status"):
                 await response.plain(200, "Ok.\n")
@@ -104,7 +104,6 @@ class ClickHouseApp:
         user = self._users.login(credentials.user, credentials.password)
         if user is None:
             raise EngineError.of(
-                516,
                 "AUTHENTICATION_FAILED",
                 f"{credentials.user}: Authentication failed: password is incorrect, or there is no user with such name",
             )
@@ -130,12 +129,12 @@ class ClickHouseApp:
         host = headers.get(b"host", b"").decode("latin-1")
         origin = headers.get(b"origin", b"").decode("latin-1")
         if origin and urlsplit(origin).netloc != host:
-            raise EngineError.of(497, "ACCESS_DENIED", f"Requests of the web page {origin} are not allowed")
+            raise EngineError.of("ACCESS_DENIED", f"Requests of the web page {origin} are not allowed")
         name = urlsplit(f"//{host}").hostname or ""
         unprotected = any(user.password_sha256 is None for user in self._users.by_name.values())
         if unprotected and host and not is_loopback(name):
             raise EngineError.of(
-                497, "ACCESS_DENIED", f"The host name {name} is not allowed without passwords; use 127.0.0.1"
+                "ACCESS_DENIED", f"The host name {name} is not allowed without passwords; use 127.0.0.1"
             )
 
 

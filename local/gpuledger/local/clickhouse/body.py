@@ -42,7 +42,7 @@ class Body:
 async def receive_body(receive: Receive, limits: Limits, directory: Path) -> Body:
     """Reads the whole body; past `limits.body_memory_bytes` into a file without name in `directory`.
 
-    Raises Disconnected, EngineError 209 (408) where the client sends nothing for `limits.receive_timeout_s`, and 161
+    Raises Disconnected, EngineError 209 (408) where the client sends nothing for `limits.receive_timeout_s`, and 229
     (413) for a body over `limits.max_body_bytes`.
     """
     # Unlinked at once, so that a killed process leaves nothing behind; the caller closes it with the body.
@@ -55,7 +55,7 @@ async def receive_body(receive: Receive, limits: Limits, directory: Path) -> Bod
                     message = await receive()
             except TimeoutError:
                 raise EngineError.of(
-                    209, "SOCKET_TIMEOUT", f"No data received for {limits.receive_timeout_s:g} seconds", 408
+                    "SOCKET_TIMEOUT", f"No data received for {limits.receive_timeout_s:g} seconds", 408
                 ) from None
             if message["type"] == "http.disconnect":
                 raise Disconnected
@@ -63,7 +63,7 @@ async def receive_body(receive: Receive, limits: Limits, directory: Path) -> Bod
             size += len(data)
             if size > limits.max_body_bytes:
                 raise EngineError.of(
-                    161, "QUERY_IS_TOO_LARGE", f"The request body is larger than {limits.max_body_bytes} bytes"
+                    "QUERY_IS_TOO_LARGE", f"The request body is larger than {limits.max_body_bytes} bytes"
                 )
             file.write(data)
             if not message.get("more_body", False):

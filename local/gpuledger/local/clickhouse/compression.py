@@ -114,10 +114,8 @@ def decode(chunks: Iterable[bytes], encoding: str | None, max_bytes: int) -> Ite
         pieces = _inflate(chunks, zlib.MAX_WBITS)
     else:
         raise EngineError.of(
-            48,
-            "NOT_IMPLEMENTED",
-            f"Unknown Content-Encoding {encoding!r}: send one of {', '.join(ENCODINGS)} or none",
-            415,
+            "UNSUPPORTED_MEDIA_TYPE",
+            f"Unknown Content-Encoding {encoding!r}: send {', '.join(ENCODINGS)} or none",
         )
     total = 0
     try:
@@ -125,14 +123,12 @@ def decode(chunks: Iterable[bytes], encoding: str | None, max_bytes: int) -> Ite
             total += len(piece)
             if total > max_bytes:
                 raise EngineError.of(
-                    161, "QUERY_IS_TOO_LARGE", f"The request body is larger than {max_bytes} bytes when decompressed"
+                    "QUERY_IS_TOO_LARGE", f"The request body is larger than {max_bytes} bytes when decompressed"
                 )
             if piece:
                 yield piece
     except (RuntimeError, EOFError, zlib.error, zstd.ZstdError) as error:
-        raise EngineError.of(
-            271, "CANNOT_DECOMPRESS", f"The request body is not valid {encoding}: {error}", 400
-        ) from error
+        raise EngineError.of("CANNOT_DECOMPRESS", f"The request body is not valid {encoding}: {error}", 400) from error
 
 
 def _frames(chunks: Iterable[bytes], make: Any) -> Iterator[bytes]:

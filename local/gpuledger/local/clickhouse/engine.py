@@ -71,7 +71,7 @@ class Setup:
         """Raises EngineError 115 for what cannot be the name of a setting."""
         for name in self.settings:
             if not _SETTING_NAME.fullmatch(name):
-                raise EngineError.of(115, "UNKNOWN_SETTING", f"{name!r} is not the name of a setting")
+                raise EngineError.of("UNKNOWN_SETTING", f"{name!r} is not the name of a setting")
         statements = [_set({"log_comment": self.tag, **self.defaults}), f"USE {quote_identifier(self.database)}"]
         statements += self.session
         if self.settings:
@@ -296,7 +296,7 @@ class Engine:
 
     def _opened(self) -> Handle:
         if self._root is None:
-            raise EngineError.of(236, "ABORTED", "The engine is not open", 503)
+            raise EngineError.of("ABORTED", "The engine is not open", 503)
         return self._root
 
     async def read(self, job: Callable[[], T]) -> T:
@@ -361,5 +361,5 @@ def _set(values: Mapping[str, str]) -> str:
 
 def _too_many(what: str, limit: int) -> EngineError:
     return EngineError.of(
-        202, "TOO_MANY_SIMULTANEOUS_QUERIES", f"Too many simultaneous {what}, maximum: {limit}; try again later", 503
+        "TOO_MANY_SIMULTANEOUS_QUERIES", f"Too many simultaneous {what}, maximum: {limit}; try again later", 503
     )

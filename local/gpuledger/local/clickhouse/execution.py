@@ -89,7 +89,7 @@ class Execution:
         """Raises EngineError where the client must be told, Disconnected where there is no client any more."""
         if self._setup.readonly and not prepared.runs_as_read:
             # The engine itself lets read-only users stop merges, undrop tables and kill the queries of others.
-            raise EngineError.of(164, "READONLY", "Cannot execute query in readonly mode")
+            raise EngineError.of("READONLY", "Cannot execute query in readonly mode")
         if prepared.is_hello and self._request.protocol_version and self._output_format(prepared) == "Native":
             block = hello_block(DISPLAY_NAME, self._engine.version, self._request.protocol_version)
             await response.all(block, "Native", Stats())
@@ -198,7 +198,7 @@ class Execution:
 
         def job() -> Handle:
             if abandoned.is_set():
-                raise EngineError.of(394, "QUERY_WAS_CANCELLED", "The client left before the statement began")
+                raise EngineError.of("QUERY_WAS_CANCELLED", "The client left before the statement began")
             with self._handle(prepared, self._setup) as handle:
                 self._run_write(prepared, handle)
                 return handle
@@ -220,7 +220,7 @@ class Execution:
         data_format = prepared.statement.format or "Values"
         for name, value in params.items():
             if not name.isidentifier():
-                raise EngineError.of(36, "BAD_ARGUMENTS", f"{name!r} is not the name of a parameter")
+                raise EngineError.of("BAD_ARGUMENTS", f"{name!r} is not the name of a parameter")
             handle.apply([f"SET param_{name} = {quote_string(value)}"])
         handle.insert(prepared.sql, data_format, prepared.data)
 
@@ -293,4 +293,4 @@ def _close_opened(opened: _Opened) -> None:
 def _check_reader_settings(request: Request) -> None:
     for name, value in request.settings.items():
         if not _READER_SETTINGS.fullmatch(name) or (name == "readonly" and value not in ("1", "2")):
-            raise EngineError.of(164, "READONLY", f"Cannot modify '{name}' setting in readonly mode")
+            raise EngineError.of("READONLY", f"Cannot modify '{name}' setting in readonly mode")

@@ -106,13 +106,12 @@ def parse_request(scope: Mapping[str, Any]) -> Request:
     """From an ASGI scope. Raises EngineError for what the protocol does not allow or we do not have."""
     raw_query: bytes = scope["query_string"]
     if len(raw_query) > _MAX_URL_BYTES:
-        raise EngineError.of(161, "QUERY_IS_TOO_LARGE", f"The URL is longer than {_MAX_URL_BYTES} bytes; send a body")
+        raise EngineError.of("QUERY_IS_TOO_LARGE", f"The URL is longer than {_MAX_URL_BYTES} bytes; send a body")
     headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
     values = dict(parse_qsl(raw_query.decode("ascii", "replace"), keep_blank_values=True, errors="surrogateescape"))
     for name in ("compress", "decompress"):
         if _flag(values.get(name)):
             raise EngineError.of(
-                48,
                 "NOT_IMPLEMENTED",
                 f"{name}=1, ClickHouse's own block framing, is not supported; use "
                 "enable_http_compression=1 with Accept-Encoding, and Content-Encoding for bodies: lz4, zstd or gzip",
@@ -213,10 +212,10 @@ def _timeout(text: str | None) -> float:
     if text is None:
         return DEFAULT_TIMEOUT_S
     if not text.isdigit():
-        raise EngineError.of(374, "INVALID_SESSION_TIMEOUT", f"Invalid session timeout: {text!r}")
+        raise EngineError.of("INVALID_SESSION_TIMEOUT", f"Invalid session timeout: {text!r}")
     if int(text) > MAX_TIMEOUT_S:
         raise EngineError.of(
-            374, "INVALID_SESSION_TIMEOUT", f"Session timeout {text!r} is larger than {MAX_TIMEOUT_S:.0f} seconds"
+            "INVALID_SESSION_TIMEOUT", f"Session timeout {text!r} is larger than {MAX_TIMEOUT_S:.0f} seconds"
         )
     return float(text)
 
@@ -230,8 +229,8 @@ def _flag(text: str | None) -> bool:
 
 
 def _auth(message: str) -> EngineError:
-    return EngineError.of(516, "AUTHENTICATION_FAILED", f"Invalid authentication: {message}")
+    return EngineError.of("AUTHENTICATION_FAILED", f"Invalid authentication: {message}")
 
 
 def _bad(message: str) -> EngineError:
-    return EngineError.of(36, "BAD_ARGUMENTS", message)
+    return EngineError.of("BAD_ARGUMENTS", message)

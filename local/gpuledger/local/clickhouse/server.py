@@ -35,8 +35,8 @@ DEFAULT_DATABASE = "gpuledger"
 
 _BACKLOG = 128
 # Together under the ten seconds that a supervisor waits.
-_DRAIN_S = 3
-_CLOSE_S = 5.0
+_DRAIN_S = 2
+_CLOSE_S = 4.0
 _MIN_MEMORY_BYTES = 512 * 1024 * 1024
 
 

@@ -35,7 +35,7 @@ class Session:
         kept = (*(known for known in self.statements if known != statement), statement)
         if len(kept) > _MAX_STATEMENTS:
             raise EngineError.of(
-                396, "TOO_MANY_ROWS_OR_BYTES", f"A session keeps at most {_MAX_STATEMENTS} different SET statements"
+                "TOO_MANY_ROWS_OR_BYTES", f"A session keeps at most {_MAX_STATEMENTS} different SET statements"
             )
         self.statements = kept
 
@@ -74,12 +74,12 @@ class Sessions:
         session = self._open.get((user, session_id))
         if session is None:
             if must_exist:
-                raise EngineError.of(372, "SESSION_NOT_FOUND", f"Session {session_id!r} not found")
+                raise EngineError.of("SESSION_NOT_FOUND", f"Session {session_id!r} not found")
             if len(self._open) >= self._max:
-                raise EngineError.of(202, "TOO_MANY_SIMULTANEOUS_QUERIES", "Too many open sessions", 503)
+                raise EngineError.of("TOO_MANY_SIMULTANEOUS_QUERIES", "Too many open sessions", 503)
             session = self._open[user, session_id] = Session(database)
         if session.busy:
-            raise EngineError.of(373, "SESSION_IS_LOCKED", f"Session {session_id!r} is locked by a concurrent client")
+            raise EngineError.of("SESSION_IS_LOCKED", f"Session {session_id!r} is locked by a concurrent client")
         session.busy = True
         session.timeout_s = timeout_s
         return Lease(session, self._clock)

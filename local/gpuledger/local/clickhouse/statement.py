@@ -74,7 +74,7 @@ def prepare(engine: Engine, request: Request, body: Body, limits: Limits) -> Pre
         data = chain([text[statement.data_start :]], chunks)
     sql = HELLO_SQL if is_hello(statement.sql) else statement.sql
     if not _is_unicode(sql):
-        raise EngineError.of(62, "SYNTAX_ERROR", "Syntax error: the statement is not valid UTF-8")
+        raise EngineError.of("SYNTAX_ERROR", "Syntax error: the statement is not valid UTF-8")
     judged = f"{sql} FORMAT {statement.format}" if data is not None else sql
     kind = engine.classify(judged)
     _check(statement, kind)
@@ -83,21 +83,21 @@ def prepare(engine: Engine, request: Request, body: Body, limits: Limits) -> Pre
 
 def _check(statement: Statement, kind: StatementClass) -> None:
     if not statement.verb:
-        raise EngineError.of(62, "SYNTAX_ERROR", "Syntax error: failed at position 1 (end of query): Empty query")
+        raise EngineError.of("SYNTAX_ERROR", "Syntax error: failed at position 1 (end of query): Empty query")
     if kind.statements > 1:
-        raise EngineError.of(62, "SYNTAX_ERROR", "Syntax error (Multi-statements are not allowed)")
+        raise EngineError.of("SYNTAX_ERROR", "Syntax error (Multi-statements are not allowed)")
     if "OUTFILE" in statement.words and kind.kind == "CONTROL":
-        raise EngineError.of(358, "INTO_OUTFILE_NOT_ALLOWED", "INTO OUTFILE is not allowed")
+        raise EngineError.of("INTO_OUTFILE_NOT_ALLOWED", "INTO OUTFILE is not allowed")
     if "INFILE" in statement.words and statement.is_insert:
-        raise EngineError.of(497, "ACCESS_DENIED", "FROM INFILE is not allowed")
+        raise EngineError.of("ACCESS_DENIED", "FROM INFILE is not allowed")
     if statement.is_query and kind.kind not in ("READ_ONLY", "UNKNOWN"):
-        raise EngineError.of(497, "ACCESS_DENIED", f"{statement.verb} with side effects is not allowed")
+        raise EngineError.of("ACCESS_DENIED", f"{statement.verb} with side effects is not allowed")
     refused = statement.calls & _REFUSED_CALLS
     if refused:
-        raise EngineError.of(497, "ACCESS_DENIED", f"The function {min(refused).lower()} is not allowed")
+        raise EngineError.of("ACCESS_DENIED", f"The function {min(refused).lower()} is not allowed")
     if "DICTIONARY" in statement.words and statement.sources - _DICTIONARY_SOURCES:
         source = min(statement.sources - _DICTIONARY_SOURCES)
-        raise EngineError.of(497, "ACCESS_DENIED", f"The dictionary source {source} is not allowed")
+        raise EngineError.of("ACCESS_DENIED", f"The dictionary source {source} is not allowed")
 
 
 def _is_unicode(text: str) -> bool:
@@ -115,6 +115,6 @@ def _join(chunks: Iterator[bytes], start: bytes, limit: int) -> bytes:
     for chunk in chain([start], chunks):
         size += len(chunk)
         if size > limit:
-            raise EngineError.of(161, "QUERY_IS_TOO_LARGE", f"The statement is larger than {limit} bytes")
+            raise EngineError.of("QUERY_IS_TOO_LARGE", f"The statement is larger than {limit} bytes")
         pieces.append(chunk)
     return b"".join(pieces)
