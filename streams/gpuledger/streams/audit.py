@@ -31,7 +31,7 @@ from gpuledger.streams.marks import HOUR_MS, MINUTE_MS, Ranges
 from gpuledger.streams.recomputer import LedgerRules, Recomputer, fingerprints
 from gpuledger.streams.store import Store
 
-__all__ = ["MOST_FINDINGS", "AuditReport", "Finding", "Waiting", "audit"]
+__all__ = ["MOST_FINDINGS", "PAUSES_S", "AuditReport", "Finding", "Waiting", "audit"]
 
 Ints = NDArray[np.int64]
 #: Ranges of each pool that have been marked and are not worked off yet.
@@ -45,7 +45,7 @@ _KEPT_MS = 89 * _DAY_MS
 #: The newest complete minutes are still being written: not complete yet is no finding there.
 _SETTLE_MS = 120_000
 #: Before the second, third and fourth look. Marks of older hours wait for company for up to 15 s (`Pace.patience_ms`).
-_PAUSES_S = (2.0, 5.0, 9.0)
+PAUSES_S = (2.0, 5.0, 9.0)
 #: GPU-hours read at once; decides how many days are one range.
 _RANGE_GPU_HOURS = 4_000_000
 _MOST_DAYS = 31
@@ -111,7 +111,7 @@ def audit(
     pools: Sequence[str] | None = None,
     waiting: Waiting | None = None,
     now_ms: int | None = None,
-    pauses_s: Sequence[float] = _PAUSES_S,
+    pauses_s: Sequence[float] = PAUSES_S,
 ) -> AuditReport:
     """Checks every pool (or those named) and complete minute of [from_ms, to_ms).
 
@@ -201,11 +201,14 @@ class _Audit:
         """Leaves out what is marked and only waits for its turn."""
         if waiting is None or not any(findings.values()):
             return findings
-        unit = self._rules.unit_ms
-        marked = {pool: list(ranges.widen(unit)) for pool, ranges in waiting().items()}
+        marked = waiting()
+        widened = {pool: ranges.widen(self._rules.unit_ms) for pool, ranges in marked.items()}
 
         def waits(finding: Finding) -> bool:
-            return any(start <= finding.at_ms < end for start, end in marked.get(finding.pool, ()))
+            # Hours and money are made for whole units, minutes one by one: the mark of the open minute, of which there
+            # always is one, must not excuse its hour's other minutes.
+            ranges = (marked if finding.unit == "minute" else widened).get(finding.pool, ())
+            return any(start <= finding.at_ms < end for start, end in ranges)
 
         report.waiting = len({f.place for found in findings.values() for f in found if waits(f)})
         return {task: [f for f in found if not waits(f)] for task, found in findings.items()}

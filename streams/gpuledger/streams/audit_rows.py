@@ -71,16 +71,17 @@ _GPU_SUMS = """
         OR gpu NOT IN (SELECT gpu FROM placements WHERE pool = {pool:String})
     ORDER BY at_ms, gpu
 """
+# Of hashes, because a set of numbers is several times quicker than one of names.
 _GPU_COUNTS = """
     SELECT at_ms, sumIf(gpus, side = 0) AS expected, sumIf(gpus, side = 1) AS found
     FROM (
-        SELECT toUnixTimestamp64Milli(minute) AS at_ms, uniqExact(gpu) AS gpus, 0 AS side FROM fragments
+        SELECT toUnixTimestamp64Milli(minute) AS at_ms, uniqExact(cityHash64(gpu)) AS gpus, 0 AS side FROM fragments
         WHERE minute >= fromUnixTimestamp64Milli({from_ms:Int64}, 'UTC')
             AND minute < fromUnixTimestamp64Milli({to_ms:Int64}, 'UTC') AND arraySum(segment_duration_ms) > 0
             AND gpu IN (SELECT gpu FROM placements WHERE pool = {pool:String}) AND gpu NOT IN {odd:Array(String)}
         GROUP BY minute
         UNION ALL
-        SELECT toUnixTimestamp64Milli(minute) AS at_ms, uniqExact(gpu) AS gpus, 1 AS side FROM v_gpu_minute
+        SELECT toUnixTimestamp64Milli(minute) AS at_ms, uniqExact(cityHash64(gpu)) AS gpus, 1 AS side FROM v_gpu_minute
         WHERE pool = {pool:String} AND minute >= fromUnixTimestamp64Milli({from_ms:Int64}, 'UTC')
             AND minute < fromUnixTimestamp64Milli({to_ms:Int64}, 'UTC') AND gpu NOT IN {odd:Array(String)}
         GROUP BY minute
