@@ -22,8 +22,9 @@ __all__ = ["Rate", "Store", "is_io_error"]
 
 Rate = AssetCost | EnergyTariff | RateCard
 
-#: Arrow input is lenient by default: NULL becomes 0 and unknown columns vanish. Not for a ledger.
-_INSERT_SETTINGS = {"input_format_null_as_default": 0, "input_format_skip_unknown_fields": 0}
+#: Arrow input is lenient by default: NULL becomes 0 and unknown columns vanish. Not for a ledger. Recent servers gather
+#: inserts into blocks of their own (`async_insert`); ours are blocks already, and wait for nobody else's.
+_INSERT_SETTINGS = {"input_format_null_as_default": 0, "input_format_skip_unknown_fields": 0, "async_insert": 0}
 #: An insert above this may be cut into several parts, of which a crash could leave some.
 MAX_BLOCK_ROWS = 500_000
 #: Names in one bound array parameter.
