@@ -1,0 +1,208 @@
+"""One installation for an end-to-end test, as a production one has it: topics, a database, workers as processes.
+
+Installations share the session's broker and engine and have names of their own. `settle` waits until all that was
+sent is stored, complete and worked off; `digest` then is everything that people and audits read, without versions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import clickhouse_connect
+
+from gpuledger.agents.broker_topics import create_topics
+from gpuledger.agents.messages import Message
+from gpuledger.cli.database import migrate_database
+from gpuledger.local.children import read_tail
+from gpuledger.local.guard import spawn
+from gpuledger.schemas.config import load_config
+from gpuledger.streams.brokers import end_offsets
+from tests.e2e.load import Load, Offsets, publish
+
+__all__ = ["Digest", "Installation", "Kill", "WorkerProcess", "differences", "installation", "plain_environment"]
+
+REPOSITORY = Path(__file__).parents[2]
+
+#: View -> its rows, in the order of their text.
+Digest = dict[str, list[tuple[Any, ...]]]
+#: (agent, point, passage), see killable_worker.
+Kill = tuple[str, str, int]
+
+_DIGEST = {
+    "v_ledger_minute": ("*", "minute"),
+    "v_recomputes": ("* EXCEPT version", "minute"),
+    "v_gpu_minute": ("*", "minute"),
+    "v_gpu_hour": ("*", "hour"),
+    "v_job_hour": ("*", "hour"),
+    "v_charges": ("*", "interval_start"),
+    "v_asset_cost": ("*", "interval_start"),
+    "v_conflicts": ("*", "hour"),
+}
+_POLL_S = 0.3
+
+
+def plain_environment(**settings: str) -> dict[str, str]:
+    """This process's environment with these GPULEDGER_ settings only; where jars are kept stays."""
+    kept = {n: v for n, v in os.environ.items() if not n.startswith("GPULEDGER_") or n == "GPULEDGER_CACHE_DIR"}
+    return kept | {f"GPULEDGER_{name}": value for name, value in settings.items()}
+
+
+def differences(found: Digest, expected: Digest) -> list[str]:
+    """What is in one digest only: per view the numbers and the first row of each side."""
+    out: list[str] = []
+    for view, rows in expected.items():
+        extra, missing = set(found[view]) - set(rows), set(rows) - set(found[view])
+        if found[view] != rows:
+            first = [min(side, key=repr, default=None) for side in (extra, missing)]
+            counts = f"{len(found[view])} rows, expected {len(rows)}; {len(extra)} extra, {len(missing)} missing"
+            out.append(f"{view}: {counts}; first extra {first[0]}; first missing {first[1]}")
+    return out
+
+
+class WorkerProcess:
+    """One worker; `kill` makes it end itself by SIGKILL there."""
+
+    def __init__(self, directory: Path, number: int, env: Mapping[str, str], kill: Kill | None) -> None:
+        self.log_file = directory / f"worker-{number}.log"
+        argv = [sys.executable, "-m", "tests.e2e.killable_worker", str(directory / f"faust-{number}")]
+        argv += [] if kill is None else map(str, kill)
+        with self.log_file.open("wb") as log:
+            # Tied to this process: a test run that is killed leaves no worker behind.
+            self.process = spawn(argv, output=log, env=env, cwd=REPOSITORY)
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def killed(self, timeout_s: float = 60) -> None:
+        """Waits until it has killed itself."""
+        try:
+            status = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the worker never came to the point:\n{read_tail(self.log_file)}") from None
+        assert status == -signal.SIGKILL, f"the worker ended with {status}:\n{read_tail(self.log_file)}"
+
+    def stop(self) -> int:
+        """SIGTERM; its exit status."""
+        self.process.terminate()
+        return self.process.wait(20)
+
+    def end(self) -> None:
+        if self.running:
+            self.process.kill()
+            self.process.wait(10)
+
+
+class Installation:
+    """Topics with a prefix, a consumer group and a database of its own."""
+
+    def __init__(self, bootstrap: str, clickhouse_url: str, directory: Path) -> None:
+        self.directory = directory
+        name = f"e2e_{uuid.uuid4().hex[:8]}"
+        self.env = plain_environment(
+            KAFKA__BOOTSTRAP=bootstrap,
+            KAFKA__TOPIC_PREFIX=f"{name}.",
+            CLICKHOUSE__URL=clickhouse_url,
+            CLICKHOUSE__DATABASE=name,
+            WORKER__GROUP=name,
+            WORKER__LISTEN="127.0.0.1:0",
+            LEDGER__GRACE_S="2",
+        )
+        self.config = load_config(None, self.env)
+        asyncio.run(create_topics(self.config.kafka))
+        migrate_database(self.config.clickhouse)
+        self.client = clickhouse_connect.get_client(
+            **self.config.clickhouse.client_arguments(), autogenerate_session_id=False
+        )
+        self.workers: list[WorkerProcess] = []
+        self._threads = ThreadPoolExecutor(1)
+
+    def start_worker(self, kill: Kill | None = None) -> WorkerProcess:
+        """Starts one more worker."""
+        self.workers.append(WorkerProcess(self.directory, len(self.workers), self.env, kill))
+        return self.workers[-1]
+
+    def publish(self, ticks: Sequence[Sequence[Message]], over_s: float) -> Future[Offsets]:
+        """Begins to send, in a thread; the result is where the messages lie."""
+        return self._threads.submit(lambda: asyncio.run(publish(self.config.kafka, ticks, over_s)))
+
+    def rows(self, sql: str, **parameters: Any) -> list[tuple[Any, ...]]:
+        return [tuple(row) for row in self.client.query(sql, parameters=parameters).result_rows]
+
+    def number(self, sql: str) -> int:
+        """The first value of the first row; NULL is 0."""
+        return int(self.rows(sql)[0][0] or 0)
+
+    def progress(self) -> Offsets:
+        found = self.rows("SELECT topic, partition, offset FROM v_progress")
+        return {(str(topic), int(partition)): int(offset) for topic, partition, offset in found}
+
+    def wait_until(self, condition: Callable[[], object], what: str, timeout_s: float = 90) -> None:
+        """Looks every moment; fails when no worker runs any more, or at the end of the time."""
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            logs = "\n".join(f"--- {w.log_file.name}\n{read_tail(w.log_file)}" for w in self.workers[-2:])
+            assert any(worker.running for worker in self.workers), f"no worker runs, waiting until {what}\n{logs}"
+            assert time.monotonic() < deadline_s, f"gave up waiting until {what}\n{logs}"
+            time.sleep(_POLL_S)
+
+    def reached(self, target: Offsets) -> Callable[[], bool]:
+        """Whether all these offsets are stored (or, of the dirty topic, worked off)."""
+
+        def check() -> bool:
+            now = self.progress()
+            return all(now.get(key, -1) >= offset for key, offset in target.items())
+
+        return check
+
+    def settle(self, load: Load, sent: Offsets) -> None:
+        """Returns when the ledger holds all of the load, complete."""
+        sent = {key: offset for key, offset in sent.items() if key[0] not in ("dirty", "deadletter")}
+        self.wait_until(self.reached(sent), "everything is stored")
+        marked = "SELECT max(marked_until_ms) FROM frontier"
+        self.wait_until(lambda: self.number(marked) >= load.hours[1], "its hours are complete")
+        ends = asyncio.run(end_offsets(self.config.kafka, "dirty", self.config.kafka.partitions["dirty"]))
+        target = {("dirty", partition): end - 1 for partition, end in ends.items()}
+        self.wait_until(self.reached(target), "all marks are worked off")
+
+    def digest(self, load: Load) -> Digest:
+        """All rows of the hours of the load, of every view of the ledger, in an order of their own."""
+        out: Digest = {}
+        for view, (columns, time_column) in _DIGEST.items():
+            sql = (
+                f"SELECT {columns} FROM {view} WHERE {time_column} >= fromUnixTimestamp64Milli({{from:Int64}}, 'UTC') "
+                f"AND {time_column} < fromUnixTimestamp64Milli({{to:Int64}}, 'UTC')"
+            )
+            out[view] = sorted(self.rows(sql, **{"from": load.hours[0], "to": load.hours[1]}), key=repr)
+        return out
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.end()
+        self._threads.shutdown()
+        self.client.command(f"DROP DATABASE IF EXISTS {self.config.clickhouse.database} SYNC")
+        self.client.close()
+
+
+@contextmanager
+def installation(bootstrap: str, clickhouse_url: str, directory: Path) -> Iterator[Installation]:
+    """An installation without workers; all are ended and the database is gone afterwards."""
+    made = Installation(bootstrap, clickhouse_url, directory)
+    try:
+        yield made
+    finally:
+        made.close()
