@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +23,13 @@ from gpuledger.schemas.config import ClickHouse
 __all__ = ["Installation", "Usage", "Watch", "installation", "machine", "print_result", "quantile", "site_yaml"]
 
 #: Part of the command line -> what the process is called in tables.
-_NAMES = {"kafka.Kafka": "kafka", "gpuledger.local.clickhouse": "clickhouse", " worker run": "worker"}
-_NAMES |= {" serve ": "page", " simulate ": "simulator"}
+_NAMES = {
+    "kafka.Kafka": "kafka",
+    "gpuledger.local.clickhouse": "clickhouse",
+    " worker run": "worker",
+    " serve ": "page",
+    " simulate ": "simulator",
+}
 _START_S = 90.0
 _STOP_S = 20.0
 
@@ -91,7 +96,7 @@ class Installation:
 @contextmanager
 def installation(
     directory: Path, options: Sequence[str] = (), variables: Mapping[str, str] | None = None
-) -> Iterator[Installation]:
+) -> Generator[Installation]:
     """`gpuledger up` on a directory of its own and free ports; ended, by its pid, when the block is left."""
     data = directory / "data"
     kept = {n: v for n, v in os.environ.items() if not n.startswith("GPULEDGER_") or n == "GPULEDGER_CACHE_DIR"}
