@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -85,11 +85,15 @@ class _Memory(OrderedDict[Any, int]):
 
 @dataclass(frozen=True, slots=True)
 class Followup:
-    """What is due once a block is stored: its marks, then how far its partitions have come."""
+    """What is due once a block is stored: its marks, then how far its partitions have come.
+
+    `boots` and `named` are what needs no marks again, once these marks are out."""
 
     marks: Marks
     progress: pa.Table
     alerts: tuple[Alert, ...] = ()
+    boots: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    named: dict[str, int] = field(default_factory=dict[str, int])
 
 
 class _MarkingSink:
@@ -139,12 +143,21 @@ class TelemetrySink(_MarkingSink):
             dirty = {(pool, minute) for gpu, minute in seen for pool in pools.get(gpu, ())}
             for pool, minute in dirty:
                 marks.add(pool, minute, minute + MINUTE_MS, "telemetry")
-        self._mark_boots(block, marks)
-        self._mark_confirmations(block, marks)
+        boots = self._mark_boots(block, marks)
+        named = self._mark_confirmations(block, marks)
         return Stored(
-            Followup(marks, _progress(records, self._topic)),
+            Followup(marks, _progress(records, self._topic), boots=boots, named=named),
             [Rejected(messages[n], reason) for n, reason in block.rejected],
         )
+
+    async def after(self, stored: Stored[Followup]) -> None:
+        """As for every sink; what has been marked is remembered only now. A block that was left to another worker
+        before its marks were out may come back to this one, and must be marked then."""
+        await super().after(stored)
+        for key, start in stored.marks.boots.items():
+            self._boots.remember(key, start)
+        for allocation, t in stored.marks.named.items():
+            self._named.remember(allocation, max(t, self._named.get(allocation, 0)))
 
     def _store_headers(self, block: TelemetryBlock) -> None:
         hosts = [(header.node, header.host) for header in block.headers if header.host is not None]
@@ -174,32 +187,42 @@ class TelemetrySink(_MarkingSink):
             self._store.insert("confirmed", _naming_rows(named, by_minute=False))
             self._store.insert_by_day("confirmations", _naming_rows(named, by_minute=True), "minute")
 
-    def _mark_boots(self, block: TelemetryBlock, marks: Marks) -> None:
-        """A boot ends what an older boot of the node left without an end: from its start on."""
+    def _mark_boots(self, block: TelemetryBlock, marks: Marks) -> dict[tuple[str, str], int]:
+        """A boot ends what an older boot of its node left without an end, whichever of the two was heard of last.
+
+        Returns the boots that were new."""
         new = {(h.node, h.boot_id): h.boot_start_ms for h in block.headers}
         new = {key: start for key, start in new.items() if self._boots.get(key) != start}
-        if not new:
-            return
-        until = int(block.appended_ms.max()) + AHEAD_MS
-        rows = self._store.rows(
-            "SELECT DISTINCT node, boot_id, gpu FROM allocations FINAL WHERE node IN {nodes:Array(String)} "
-            "AND end_ms IS NULL AND boot_id != ''",
-            {"nodes": sorted({node for node, _ in new})},
-        )
-        pools = self._store.pools_of(gpu for *_, gpu in rows)
-        for node, boot, gpu in rows:
-            for (other_node, other_boot), start in new.items():
-                if node == other_node and boot != other_boot:
-                    for pool in pools.get(gpu, ()):
-                        marks.add(pool, start, until, "boot")
-        for key, start in new.items():
-            self._boots.remember(key, start)
+        starts: dict[str, dict[str, int]] = {}
+        for nodes in _chunks([node for node, _ in new]):
+            sql = "SELECT node, boot_id, min(start_ms) FROM boots WHERE node IN {nodes:Array(String)} GROUP BY ALL"
+            for node, boot, start in self._store.rows(sql, {"nodes": nodes}):
+                starts.setdefault(node, {})[boot] = int(start)
+        rows: list[tuple[Any, ...]] = []
+        # Nearly every node has had one boot only, and nothing to end: a worker that starts must not mark months.
+        for nodes in _chunks([node for node, known in starts.items() if len(known) > 1]):
+            sql = (
+                "SELECT node, boot_id, gpu, min(start_ms) FROM allocations FINAL WHERE node IN {nodes:Array(String)} "
+                "AND end_ms IS NULL AND boot_id != '' GROUP BY ALL"
+            )
+            rows += self._store.rows(sql, {"nodes": nodes})
+        pools = self._store.pools_of(gpu for _, _, gpu, _ in rows)
+        until = int(block.appended_ms.max(initial=0)) + AHEAD_MS
+        for node, boot, gpu, start in rows:
+            mine = starts[node].get(boot)
+            ends = min((t for t in starts[node].values() if mine is not None and t > mine), default=None)
+            if ends is not None:
+                for pool in pools.get(gpu, ()):
+                    marks.add(pool, max(ends, int(start)), until, "boot")
+        return new
 
-    def _mark_confirmations(self, block: TelemetryBlock, marks: Marks) -> None:
-        """A naming at t after one at p turns [p + window, t + window) from unconfirmed to confirmed."""
+    def _mark_confirmations(self, block: TelemetryBlock, marks: Marks) -> dict[str, int]:
+        """A naming at t after one at p turns [p + window, t + window) from unconfirmed to confirmed.
+
+        Returns the latest naming of each allocation in the block."""
         named = _named(block)
         if not named:
-            return
+            return {}
         now = int(block.appended_ms.max()) + AHEAD_MS
         latest: dict[str, int] = {}
         for (allocation, _), t in named.items():
@@ -216,8 +239,7 @@ class TelemetrySink(_MarkingSink):
                 start = max(before.get(allocation, 0), start_ms) + self._confirm_ms
                 for pool in pools.get(gpu, ()):
                     marks.add(pool, start, until[allocation], "confirmation")
-        for allocation, t in latest.items():
-            self._named.remember(allocation, max(t, self._named.get(allocation, 0)))
+        return latest
 
     def _earlier_namings(self, allocations: Sequence[str], latest: dict[str, int]) -> dict[str, int]:
         """The latest naming stored in an earlier minute than the block's; redelivery does not change the answer."""
@@ -340,10 +362,10 @@ class FactsSink(_MarkingSink):
             for pool in pools:
                 marks.add(pool, start, end, kind)
         if everywhere:
-            since = self._store.first_service_ms()
+            extents = self._store.extents()
             for start, end in everywhere:
-                for pool, first_ms in since.items():
-                    marks.add(pool, max(start, first_ms), end, "rates")
+                for pool, (first_ms, last_ms) in extents.items():
+                    marks.add(pool, max(start, first_ms), min(end, last_ms), "rates")
         return marks
 
     def _revisions(self, facts: Sequence[StoredFact]) -> list[Any]:
