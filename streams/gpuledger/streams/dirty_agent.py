@@ -112,6 +112,7 @@ class _DirtyAgent:
         self._arrived = asyncio.Event()
         self._thread = BlockingThread("recompute")
         self._progress_at = 0.0
+        self._unrecorded: dict[int, _Handle] = {}
 
     async def run(self, stream: Any) -> None:
         reader = asyncio.create_task(self._read(stream))
@@ -208,10 +209,16 @@ class _DirtyAgent:
                 handle.event.ack()
                 self._stats.last_offset[partition] = handle.offset
         self._stats.backlog_blocks, self._stats.backlog_minutes = self._queue.backlog()
-        if finished and time.monotonic() >= self._progress_at:
+        self._unrecorded |= {partition: handle for handle, partition in finished}
+        if self._unrecorded and time.monotonic() >= self._progress_at:
+            # Once a second; what is not written now is written later, also when no more marks come.
             self._progress_at = time.monotonic() + 1
-            last = {partition: handle for handle, partition in finished}
-            await self._thread.call(lambda: self._record_progress(last))
+            last, self._unrecorded = self._unrecorded, {}
+            try:
+                await self._thread.call(lambda: self._record_progress(last))
+            except Exception as error:
+                self._unrecorded = last | self._unrecorded
+                log.warning("progress of the dirty topic not stored: %s", error)
 
     def _record_progress(self, last: dict[int, _Handle]) -> None:
         rows = pa.table(
@@ -222,10 +229,7 @@ class _DirtyAgent:
                 "offset": pa.array([handle.offset for handle in last.values()], type=pa.int64()),
             }
         )
-        try:
-            self._store.insert("progress", rows)
-        except Exception as error:  # only `status` reads it; the next one says the same or more
-            log.warning("progress of the dirty topic not stored: %s", error)
+        self._store.insert("progress", rows)
 
 
 def _clock_ms() -> int:
