@@ -155,12 +155,12 @@ class _Audit:
         waiting: Waiting | None,
         pauses_s: Sequence[float],
     ) -> AuditReport:
-        since = self._store.first_service_ms()
-        names = sorted(since) if pools is None else sorted(set(pools))
+        extents = self._store.extents()
+        names = sorted(extents) if pools is None else sorted(set(pools))
         report = AuditReport(*bounds, self._complete_ms, names)
         tasks: list[_Task] = []
         for pool in names:
-            tasks += self._ranges(pool, since.get(pool, bounds[1]), bounds, report)
+            tasks += self._ranges(pool, extents.get(pool, (bounds[1], bounds[1])), bounds, report)
         tasks += _draw(tasks, sample, seed)
         report.sampled = sum(task.sample for task in tasks)
         findings = self._excuse(self._look(tasks, report), waiting, report)
@@ -179,10 +179,12 @@ class _Audit:
             report.findings[0] = self._name_gpu(listed)
         return report
 
-    def _ranges(self, pool: str, since_ms: int, bounds: tuple[int, int], report: AuditReport) -> list[_Task]:
-        start = max(bounds[0], since_ms // MINUTE_MS * MINUTE_MS)
-        end = max(start, min(bounds[1], self._complete_ms))
-        report.pending_minutes += max(0, bounds[1] - max(start, end)) // MINUTE_MS
+    def _ranges(self, pool: str, extent: tuple[int, int], bounds: tuple[int, int], report: AuditReport) -> list[_Task]:
+        """`extent`: from when to when the pool has anything to account."""
+        start = max(bounds[0], extent[0] // MINUTE_MS * MINUTE_MS)
+        until = min(bounds[1], -(-extent[1] // MINUTE_MS) * MINUTE_MS)
+        end = max(start, min(until, self._complete_ms))
+        report.pending_minutes += max(0, until - max(start, end)) // MINUTE_MS
         gpus = self._store.rows("SELECT uniqExact(gpu) FROM placements WHERE pool = {pool:String}", {"pool": pool})[0][
             0
         ]

@@ -48,17 +48,14 @@ class Frontier:
     async def advance(self, now_ms: int) -> None:
         """Marks what has become complete since the last pass, and the open minute; errors are counted and logged."""
         try:
-            marked, complete, since = await self._thread.call(self._look)
-            marks = [
-                Dirty(pool=pool, from_ms=max(start, marked), to_ms=complete, why="complete")
-                for pool, start in since.items()
-                if max(start, marked) < complete
-            ]
+            marked, complete, extents = await self._thread.call(self._look)
             open_minute = now_ms // MINUTE_MS * MINUTE_MS
-            marks += [
-                Dirty(pool=pool, from_ms=open_minute, to_ms=open_minute + MINUTE_MS, why="open")
-                for pool, start in since.items()
-                if start < open_minute + MINUTE_MS
+            ranges = [(marked, complete, "complete"), (open_minute, open_minute + MINUTE_MS, "open")]
+            marks = [
+                Dirty(pool=pool, from_ms=max(start, from_ms), to_ms=min(end, to_ms), why=why)
+                for pool, (start, end) in extents.items()
+                for from_ms, to_ms, why in ranges
+                if max(start, from_ms) < min(end, to_ms)
             ]
             await asyncio.gather(*(self._send(mark) for mark in marks))
             if complete > marked:
@@ -69,13 +66,12 @@ class Frontier:
             self.stats.failures += 1
             log.warning("the frontier did not move: %s", error)
 
-    def _look(self) -> tuple[int, int, dict[str, int]]:
+    def _look(self) -> tuple[int, int, dict[str, tuple[int, int]]]:
         rows = self._store.rows("SELECT max(marked_until_ms) FROM frontier WHERE name = {name:String}", {"name": _NAME})
         marked = int(rows[0][0]) if rows and rows[0][0] else 0
         stored = self._store.stored_until_ms(self._rules.gates) - self._rules.grace_ms
         complete = max(marked, stored // MINUTE_MS * MINUTE_MS, 0)
-        since = {pool: start // MINUTE_MS * MINUTE_MS for pool, start in self._store.first_service_ms().items()}
-        return marked, complete, since
+        return marked, complete, self._store.extents()
 
     def _remember(self, complete_ms: int) -> None:
         row = {"name": pa.array([_NAME]), "marked_until_ms": pa.array([complete_ms], type=pa.int64())}

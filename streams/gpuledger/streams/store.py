@@ -16,7 +16,7 @@ from urllib3.exceptions import HTTPError
 
 from gpuledger.schemas.config import ClickHouse
 from gpuledger.schemas.events import AssetCost, EnergyTariff, RateCard, Tenant, decode_event
-from gpuledger.streams.holders import PoolFacts
+from gpuledger.streams.holders import OPEN_END_MS, PoolFacts
 
 __all__ = ["Rate", "Store", "is_io_error"]
 
@@ -32,6 +32,14 @@ _MAX_NAMES = 5_000
 #: ClickHouse codes that are a matter of load or of being away, not of the data.
 _TRANSIENT_CODES = ("159", "160", "164", "202", "209", "210", "241", "242", "252", "319", "394", "425", "999")
 
+_EXTENTS = """
+    SELECT pool, min(start), max(end) FROM (
+        SELECT pool, start_ms AS start, ifNull(end_ms, {open:Int64}) AS end FROM placements
+        UNION ALL SELECT pool, start_ms, ifNull(end_ms, {open:Int64}) FROM commitments
+        UNION ALL SELECT pool, JSONExtractInt(document, 'start_ms'), JSONExtractInt(document, 'end_ms') FROM rates
+            WHERE kind = 'asset_cost')
+    GROUP BY pool
+"""
 _PLACEMENTS = """
     SELECT id, claimed_at, gpu, node, pool, start_ms, end_ms, cityHash64(id, rank) AS hash
     FROM placements FINAL
@@ -185,13 +193,9 @@ class Store:
         )
         return sorted(pool for (pool,) in self.rows(sql))
 
-    def first_service_ms(self) -> dict[str, int]:
-        """The earliest start of any placement or commitment, by pool."""
-        sql = (
-            "SELECT pool, min(start) FROM (SELECT pool, min(start_ms) AS start FROM placements GROUP BY pool "
-            "UNION ALL SELECT pool, min(start_ms) AS start FROM commitments GROUP BY pool) GROUP BY pool"
-        )
-        return {pool: int(start) for pool, start in self.rows(sql)}
+    def extents(self) -> dict[str, tuple[int, int]]:
+        """From when to when each pool can have anything to account: service, commitments or asset cost."""
+        return {pool: (int(start), int(end)) for pool, start, end in self.rows(_EXTENTS, {"open": OPEN_END_MS})}
 
     def pools_of(self, gpus: Iterable[str]) -> dict[str, set[str]]:
         """Every pool in which any stored revision of any placement puts each GPU."""
