@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from gpuledger.agents.messages import Message
@@ -36,6 +37,11 @@ class Load:
     def hours(self) -> tuple[int, int]:
         """The whole hours around it, [from, to) in UTC milliseconds."""
         return self.start_ms // HOUR_MS * HOUR_MS, -(-self.end_ms // HOUR_MS) * HOUR_MS
+
+    def cut(self, *shares: float) -> list[Sequence[Sequence[Message]]]:
+        """Its ticks cut at these shares of it, in order."""
+        at = [0, *(int(len(self.ticks) * share) for share in shares), len(self.ticks)]
+        return [self.ticks[a:b] for a, b in pairwise(at)]
 
     def telemetry(self) -> list[Message]:
         """Its batches, in the order of sending."""

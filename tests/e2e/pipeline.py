@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +32,8 @@ from gpuledger.schemas.config import load_config
 from gpuledger.streams.brokers import end_offsets
 from tests.e2e.load import Load, Offsets, publish
 
-__all__ = ["Digest", "Installation", "Kill", "WorkerProcess", "differences", "installation", "plain_environment"]
+__all__ = ["Digest", "Installation", "Kill", "WorkerProcess"]
+__all__ += ["answers", "differences", "installation", "plain_environment"]
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -70,11 +73,21 @@ def differences(found: Digest, expected: Digest) -> list[str]:
     return out
 
 
+def answers(url: str) -> bool:
+    """Whether a GET of it gives status 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
 class WorkerProcess:
     """One worker; `kill` makes it end itself by SIGKILL there."""
 
     def __init__(self, directory: Path, number: int, env: Mapping[str, str], kill: Kill | None) -> None:
         self.log_file = directory / f"worker-{number}.log"
+        self._armed = directory / f"faust-{number}.armed"
         argv = [sys.executable, "-m", "tests.e2e.killable_worker", str(directory / f"faust-{number}")]
         argv += [] if kill is None else map(str, kill)
         with self.log_file.open("wb") as log:
@@ -87,6 +100,15 @@ class WorkerProcess:
 
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
+
+    def ready(self) -> bool:
+        """Whether it holds partitions, by its own word."""
+        found = re.search(r"health on (127\.0\.0\.1:\d+)", self.log())
+        return found is not None and answers(f"http://{found[1]}/readyz")
+
+    def arm(self) -> None:
+        """A worker made with passage 0 kills itself the next time it comes to its point."""
+        self._armed.touch()
 
     def killed(self, timeout_s: float = 60) -> None:
         """Waits until it has killed itself."""
@@ -169,8 +191,11 @@ class Installation:
 
         return check
 
-    def settle(self, load: Load, sent: Offsets) -> None:
-        """Returns when the ledger holds all of the load, complete."""
+    def settle(self, load: Load, *parts: Offsets) -> None:
+        """Returns when the ledger holds all that was sent of the load, complete."""
+        sent: Offsets = {}
+        for part in parts:
+            sent |= part
         sent = {key: offset for key, offset in sent.items() if key[0] not in ("dirty", "deadletter")}
         self.wait_until(self.reached(sent), "everything is stored")
         marked = "SELECT max(marked_until_ms) FROM frontier"
@@ -199,7 +224,7 @@ class Installation:
 
 
 @contextmanager
-def installation(bootstrap: str, clickhouse_url: str, directory: Path) -> Iterator[Installation]:
+def installation(bootstrap: str, clickhouse_url: str, directory: Path) -> Generator[Installation]:
     """An installation without workers; all are ended and the database is gone afterwards."""
     made = Installation(bootstrap, clickhouse_url, directory)
     try:
