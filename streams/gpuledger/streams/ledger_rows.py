@@ -193,18 +193,18 @@ def minute_rows(ledger: Ledger, prints: Fingerprints) -> pa.Table:
 
 
 def _gpu_rows(ledger: Ledger, amounts: Amounts, at: Ints, name: str, markers: Ints) -> pa.Table:
-    gpu, holder, activity = amounts.keys[1:]
-    holders = ledger.spans.holders
-    kind = ["unconfirmed" if unconfirmed else "held" for unconfirmed in holders.unconfirmed.tolist()] + ["unallocated"]
+    gpu, use, activity = amounts.keys[1:]
+    tenants, jobs, instances, unconfirmed = zip(*ledger.uses, ("", "", 0, False), strict=True)
+    kind = ["unconfirmed" if doubtful else "held" for doubtful in unconfirmed[:-1]] + ["unallocated"]
     rows = pa.table(
         {
             "pool": _constant(ledger.pool, len(amounts)),
             name: _times(at),
             "gpu": _names(gpu, ledger.spans.gpus),
-            "instance": pa.array(np.append(holders.instance, 0)[holder], type=pa.uint16()),
-            "tenant": _names(holder, [*holders.tenant, ""]),
-            "job_id": _names(holder, [*holders.job_id, ""]),
-            "kind": _names(holder, kind),
+            "instance": pa.array(np.array(instances, dtype=np.int64)[use], type=pa.uint16()),
+            "tenant": _names(use, tenants),
+            "job_id": _names(use, jobs),
+            "kind": _names(use, kind),
             "activity": _names(activity, _ACTIVITIES),
             "gpu_us": pa.array(amounts.us),
             "energy_mj": _energy(amounts.energy_mj, amounts.energy_known),

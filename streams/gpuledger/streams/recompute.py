@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -79,10 +80,11 @@ class Amounts:
 class Ledger:
     """What `recompute` found. Keys of the amounts (codes):
 
-    by_minute: (minute of the window, account, activity); by_gpu_minute: (minute, gpu, holder, activity), only where
-    fragments exist; by_gpu_hour: (hour, gpu, holder, activity); by_job: (bucket, job, activity).
-    `accounts` are (tenant, unconfirmed), `jobs` (tenant, job, user, unconfirmed); the last code of accounts, holders
-    and jobs is what nobody holds. `unheld` divides that; `unallocated_mj` is its energy per minute.
+    by_minute: (minute of the window, account, activity); by_gpu_minute: (minute, gpu, use, activity), only where
+    fragments exist; by_gpu_hour: (hour, gpu, use, activity); by_job: (bucket, job, activity).
+    `accounts` are (tenant, unconfirmed), `jobs` (tenant, job, user, unconfirmed), `uses` (tenant, job, instance,
+    unconfirmed); the last code of each is what nobody holds. `unheld` divides that; `unallocated_mj` is its energy per
+    minute.
     """
 
     pool: str
@@ -90,6 +92,7 @@ class Ledger:
     spans: Spans
     accounts: list[tuple[str, bool]]
     jobs: list[tuple[str, str, str, bool]]
+    uses: list[tuple[str, str, int, bool]]
     service_us: Ints
     by_minute: Amounts
     by_gpu_minute: Amounts
@@ -299,18 +302,14 @@ def _by_minute(entries: _Entries, account: Ints, accounts: int, moves: _Moves, w
     return amounts, matrix.sum(axis=0)
 
 
-def _names(found: Spans) -> tuple[Ints, list[tuple[str, bool]], Ints, list[tuple[str, str, str, bool]]]:
-    """Account and job code of every holder (the last: nobody), and what the codes mean."""
-    holders = found.holders
-    unconfirmed = holders.unconfirmed.tolist()
-    account_of = list(zip(holders.tenant, unconfirmed, strict=True))
-    job_of = list(zip(holders.tenant, holders.job_id, holders.user, unconfirmed, strict=True))
-    accounts, jobs = sorted(set(account_of)), sorted(set(job_of))
-    account_code = {name: n for n, name in enumerate(accounts)}
-    job_code = {name: n for n, name in enumerate(jobs)}
-    account = np.array([account_code[name] for name in account_of] + [len(accounts)], dtype=np.int64)
-    job = np.array([job_code[name] for name in job_of] + [len(jobs)], dtype=np.int64)
-    return account, accounts, job, jobs
+T = TypeVar("T", bound=tuple[object, ...])
+
+
+def _code(names: Sequence[T]) -> tuple[Ints, list[T]]:
+    """The code of every holder's name and, last, of nobody; and what the codes mean, sorted."""
+    distinct = sorted(set(names))
+    code = {name: n for n, name in enumerate(distinct)}
+    return np.array([code[name] for name in names] + [len(distinct)], dtype=np.int64), distinct
 
 
 def _hours(window: Window) -> Ints:
@@ -333,19 +332,23 @@ def recompute(facts: PoolFacts, fragments: pa.Table, window: Window) -> Ledger:
     moves = _moves(seen, cut, cells, found, window)
     moves = _Moves(moves.entry, moves.minute - window.from_ms // MINUTE_MS, moves.activity, moves.us, moves.energy)
     entries = _entries(cut, window)
-    account_of, accounts, job_of, jobs = _names(found)
-    account, job = account_of[entries.holder], job_of[entries.holder]
+    holders, unconfirmed = found.holders, found.holders.unconfirmed.tolist()
+    account_of, accounts = _code(list(zip(holders.tenant, unconfirmed, strict=True)))
+    job_of, jobs = _code(list(zip(holders.tenant, holders.job_id, holders.user, unconfirmed, strict=True)))
+    instances = holders.instance.tolist()
+    use_of, uses = _code(list(zip(holders.tenant, holders.job_id, instances, unconfirmed, strict=True)))
+    account, job, use = (code[entries.holder] for code in (account_of, job_of, use_of))
     moved_base = entries.base[moves.entry]
 
     by_minute, service_us = _by_minute(entries, account, len(accounts) + 1, moves, window)
-    by_gpu_minute = _by_gpu_minute(entries, cut, cells, moves, window)
+    by_gpu_minute = _by_gpu_minute(entries, use, cut, cells, moves, window)
     hours = _hours(window)
     entry, hour, us = _per_bucket(entries, hours)
     by_gpu_hour = _with_moves(
-        (hour, entries.gpu[entry], entries.holder[entry]),
+        (hour, entries.gpu[entry], use[entry]),
         entries.base[entry],
         us,
-        _moved(hours, moves, entries.gpu, entries.holder),
+        _moved(hours, moves, entries.gpu, use),
         moves,
         moved_base,
     )
@@ -364,6 +367,7 @@ def recompute(facts: PoolFacts, fragments: pa.Table, window: Window) -> Ledger:
         spans=found,
         accounts=accounts,
         jobs=jobs,
+        uses=uses,
         service_us=service_us,
         by_minute=by_minute,
         by_gpu_minute=by_gpu_minute,
@@ -381,16 +385,16 @@ def _moved(bounds: Ints, moves: _Moves, *codes: Ints) -> tuple[Ints, ...]:
     return bucket, *(code[moves.entry] for code in codes)
 
 
-def _by_gpu_minute(entries: _Entries, cut: Pieces, cells: _Cells, moves: _Moves, window: Window) -> Amounts:
-    """Rows by (minute, gpu, holder, activity) of the minutes in which the GPU has fragments."""
+def _by_gpu_minute(entries: _Entries, use: Ints, cut: Pieces, cells: _Cells, moves: _Moves, window: Window) -> Amounts:
+    """Rows by (minute, gpu, use, activity) of the minutes in which the GPU has fragments."""
     row, position = expand(cut.offsets[cells.piece + 1] - cut.offsets[cells.piece])
     entry = cut.offsets[cells.piece[row]] + position
     minute = cells.minute[row] - window.from_ms // MINUTE_MS
     return _with_moves(
-        (minute, entries.gpu[entry], entries.holder[entry]),
+        (minute, entries.gpu[entry], use[entry]),
         entries.base[entry],
         entries.amount[entry],
-        (moves.minute, entries.gpu[moves.entry], entries.holder[moves.entry]),
+        (moves.minute, entries.gpu[moves.entry], use[moves.entry]),
         moves,
         entries.base[moves.entry],
     )
