@@ -72,9 +72,10 @@ def _echarts_file() -> Path:
     """The chart library as an image or a wheel brings it ($GPULEDGER_CACHE_DIR), fetched once where it is missing."""
     try:
         from gpuledger.local.jars import echarts_file
+
+        return echarts_file()
     except ImportError as error:
         raise CommandError(
             f"--echarts: missing, and the Python module {error.name} that would fetch the chart library is not "
             "installed; give its path, or run: pip install 'gpuledger[local]'"
         ) from error
-    return echarts_file()
