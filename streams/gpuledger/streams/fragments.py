@@ -94,10 +94,8 @@ def _cover(block: TelemetryBlock) -> tuple[_Pieces, Ints]:
     device, ts = raw_device[order], raw_ts[order]
 
     devices = [device_ for header in block.headers for device_ in header.devices]
-    previous_ts = np.array([-1 if d.previous_ts_ms is None else d.previous_ts_ms for d in devices], dtype=np.int64)
-    previous_mj = np.array(
-        [-1 if d.previous_energy_mj is None else d.previous_energy_mj for d in devices], dtype=np.int64
-    )
+    previous_ts = _or_unknown([d.previous_ts_ms for d in devices])
+    previous_mj = _or_unknown([d.previous_energy_mj for d in devices])
     whole = np.array([d.instance == 0 for d in devices], dtype=bool)
     period = np.array([header.period_ms for header in block.headers], dtype=np.int64)[block.message[order]]
 
