@@ -13,6 +13,7 @@ from gpuledger.schemas.telemetry import BatchHeader, Device
 from gpuledger.streams.blocks import Record
 from gpuledger.streams.intake import Stored
 from gpuledger.streams.marks import MINUTE_MS
+from gpuledger.streams.recomputer import LedgerRules
 from gpuledger.streams.sinks import FactsSink, Followup, TelemetrySink
 from gpuledger.streams.store import Store
 from tests.fixtures.clickhouse import ClickHouseDatabase
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.services
 
 T0 = 1_760_000_040_000
 CONFIRM_MS = 10 * MINUTE_MS
+RULES = LedgerRules(grace_ms=60_000, confirm_ms=CONFIRM_MS, price_interval_minutes=15)
 NOW = T0 + 120 * MINUTE_MS
 
 
@@ -36,7 +38,7 @@ def store(clickhouse_database: ClickHouseDatabase) -> Iterator[Store]:
     )
     facts = [Inventory(node="n", claimed_at_ms=T0, placements=[placement]), held]
     for topic, event in zip(("inventory", "allocations"), facts, strict=True):
-        FactsSink(made, topic, unsent).store([record(topic, event)])
+        FactsSink(made, topic, unsent, 120_000).store([record(topic, event)])
     yield made
     made.close()
 
@@ -74,7 +76,7 @@ def ranges(stored: Stored[Followup]) -> list[tuple[int, int]]:
 
 
 def test_a_batch_marks_its_minute_and_what_it_confirms(store: Store) -> None:
-    sink = TelemetrySink(store, unsent, CONFIRM_MS)
+    sink = TelemetrySink(store, unsent, RULES)
     first = sink.store([batch(T0 + 30_000)])
     assert ranges(first) == [(0, 1), (10, 11)]
     asyncio.run(sink.after(first))
@@ -82,7 +84,7 @@ def test_a_batch_marks_its_minute_and_what_it_confirms(store: Store) -> None:
 
 
 def test_a_block_that_comes_back_before_its_marks_were_out_is_marked_again(store: Store) -> None:
-    sink = TelemetrySink(store, unsent, CONFIRM_MS)
+    sink = TelemetrySink(store, unsent, RULES)
     blocks = [batch(T0 + 12 * MINUTE_MS + 30_000), batch(T0 + 30 * MINUTE_MS + 30_000, "b2", T0 + 20 * MINUTE_MS)]
     first = sink.store(blocks)
     assert ranges(first) == [(10, 122)]
@@ -95,7 +97,7 @@ def test_a_block_that_comes_back_before_its_marks_were_out_is_marked_again(store
 def test_a_new_boot_marks_what_it_ends_whichever_is_heard_of_first(store: Store, second_first: bool) -> None:
     old = batch(T0 + 5 * MINUTE_MS + 30_000, running=False)
     new = batch(T0 + 30 * MINUTE_MS + 30_000, "b2", T0 + 20 * MINUTE_MS, running=False)
-    sink = TelemetrySink(store, unsent, CONFIRM_MS)
+    sink = TelemetrySink(store, unsent, RULES)
     marked: list[list[tuple[int, int]]] = []
     for each in (new, old) if second_first else (old, new):
         stored = sink.store([each])

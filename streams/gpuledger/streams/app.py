@@ -53,6 +53,7 @@ def rules_of(config: Config, partitions: dict[str, int]) -> LedgerRules:
         confirm_ms=config.ledger.confirm_window_s * 1000,
         price_interval_minutes=config.ledger.price_interval_minutes,
         gates={name: partitions[name] for name in GATES},
+        ahead_ms=config.ledger.max_clock_ahead_s * 1000,
     )
 
 
@@ -119,11 +120,11 @@ def make_pipeline(
 
         app.agent(block_topic(app, topic_name(kafka.topic_prefix, name)), name=name)(agent)
 
-    consume("telemetry", lambda: TelemetrySink(Store(config.clickhouse), mark, rules.confirm_ms))
+    consume("telemetry", lambda: TelemetrySink(Store(config.clickhouse), mark, rules))
     for name in FACT_TOPICS:
-        consume(name, lambda name=name: FactsSink(Store(config.clickhouse), name, mark))
+        consume(name, lambda name=name: FactsSink(Store(config.clickhouse), name, mark, rules.ahead_ms))
     hooks = [WebhookSender(webhook) for webhook in config.alerts.webhooks]
-    consume("alerts", lambda: AlertsSink(Store(config.clickhouse), mark, lambda alert: _tell(hooks, alert)))
+    consume("alerts", lambda: AlertsSink(Store(config.clickhouse), mark, rules.ahead_ms, lambda a: _tell(hooks, a)))
     consume("deadletter", lambda: DeadLetterSink(Store(config.clickhouse)))
 
     dirty_topic = block_topic(app, topic_name(kafka.topic_prefix, "dirty"))

@@ -6,7 +6,7 @@ A message that does not follow the contract is returned with its reason; the oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,12 +15,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gpuledger.schemas.exceptions import MessageError
-from gpuledger.schemas.telemetry import COLUMNS, HEADER_KEY, MAX_CLOCK_AHEAD_MS, BatchHeader, decode_header
+from gpuledger.schemas.telemetry import COLUMNS, HEADER_KEY, MAX_CLOCK_AHEAD_MS, BatchHeader, HostReading, decode_header
 
 __all__ = ["TelemetryBlock", "TelemetryMessage", "decode_block", "telemetry_schema"]
 
 _MAX_SCHEMA_BYTES = 1 << 16
 _MAX_ENERGY_MJ = 1 << 53
+_FROM_2000_MS, _TO_2200_MS = 946_684_800_000, 7_258_118_400_000
+_HOST_COUNTERS = tuple(name for name in HostReading.__struct_fields__ if name.endswith(("_bytes", "_mw", "_mj")))
 
 
 class TelemetryMessage(Protocol):
@@ -109,7 +111,37 @@ def _decode_rows(value: bytes | None) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=_EXPECTED)
 
 
-def _check(header: BatchHeader, batch: pa.RecordBatch, appended_ms: int) -> None:
+def _bounded(header: BatchHeader) -> Iterator[tuple[str, int | None, int, int]]:
+    """(field, value, least, bound) of the numbers that the tables hold in fewer bits than JSON has."""
+    yield "boot_start_ms", header.boot_start_ms, _FROM_2000_MS, _TO_2200_MS
+    yield "run_start_ms", header.run_start_ms, _FROM_2000_MS, _TO_2200_MS
+    yield "period_ms", header.period_ms, 1, 1 << 31
+    yield "seq", header.seq, 0, 1 << 32
+    for gap in header.gaps:
+        for name in ("first_seq", "last_seq", "batches"):
+            yield f"gaps.{name}", getattr(gap, name), 0, 1 << 32
+        for name in ("from_ms", "to_ms"):
+            yield f"gaps.{name}", getattr(gap, name), _FROM_2000_MS, _TO_2200_MS
+    if header.host is not None:
+        yield "host.ts_ms", header.host.ts_ms, _FROM_2000_MS, _TO_2200_MS
+        yield "host.cpu_count", header.host.cpu_count, 0, 1 << 31
+        for name in _HOST_COUNTERS:
+            yield f"host.{name}", getattr(header.host, name), -(1 << 63), 1 << 63
+    for device in header.devices:
+        yield "devices.instance", device.instance, 0, 1 << 16
+        yield "devices.previous_ts_ms", device.previous_ts_ms, _FROM_2000_MS, _TO_2200_MS
+        yield "devices.previous_energy_mj", device.previous_energy_mj, 0, _MAX_ENERGY_MJ + 1
+
+
+def _check_header(header: BatchHeader) -> None:
+    """Raises MessageError where a number does not fit. Refused by an insert instead, it would leave the fragments of
+    a batch behind that is dead-lettered."""
+    for field, value, least, bound in _bounded(header):
+        if value is not None and not least <= value < bound:
+            raise MessageError(f"header {HEADER_KEY}: {field}: expected {least} to {bound - 1}, got {value}")
+
+
+def _check(header: BatchHeader, batch: pa.RecordBatch, appended_ms: int, ahead_ms: int) -> None:
     """Raises MessageError where rows and header contradict each other."""
     if batch.num_rows == 0:
         return
@@ -120,12 +152,12 @@ def _check(header: BatchHeader, batch: pa.RecordBatch, appended_ms: int) -> None
     if devices.min() < 0 or devices.max() >= len(header.devices):
         raise MessageError(f"device: {devices.max()} is not an index into the header's {len(header.devices)} devices")
     newest, oldest = int(times.max()), int(times.min())
-    if newest > appended_ms + MAX_CLOCK_AHEAD_MS:
+    if newest > appended_ms + ahead_ms:
         raise MessageError(
             f"quarantine: ts_ms {newest} is {newest - appended_ms} ms after the broker's time {appended_ms}; "
             f"set the clock of node {header.node}"
         )
-    if oldest < 946_684_800_000:
+    if oldest < _FROM_2000_MS:
         raise MessageError(f"ts_ms: {oldest} is before the year 2000; set the clock of node {header.node}")
     order = np.lexsort((times, devices))
     same = np.diff(devices[order]) == 0
@@ -139,8 +171,11 @@ def _check(header: BatchHeader, batch: pa.RecordBatch, appended_ms: int) -> None
         raise MessageError(f"energy_mj: expected 0..2^53, got {energy.min()}..{energy.max()}")
 
 
-def decode_block(records: Sequence[TelemetryMessage]) -> TelemetryBlock:
-    """Decodes every record of a block; never raises for what a record holds."""
+def decode_block(records: Sequence[TelemetryMessage], ahead_ms: int = MAX_CLOCK_AHEAD_MS) -> TelemetryBlock:
+    """Decodes every record of a block; never raises for what a record holds.
+
+    A message with event time later than its broker time + `ahead_ms` is quarantined: rejected with that reason.
+    """
     headers: list[BatchHeader] = []
     batches: list[pa.RecordBatch] = []
     source: list[int] = []
@@ -151,8 +186,9 @@ def decode_block(records: Sequence[TelemetryMessage]) -> TelemetryBlock:
             if raw is None:
                 raise MessageError(f"header {HEADER_KEY}: is missing; only agents write to this topic")
             header = decode_header(raw)
+            _check_header(header)
             batch = _decode_rows(record.value)
-            _check(header, batch, record.timestamp_ms)
+            _check(header, batch, record.timestamp_ms, ahead_ms)
         except MessageError as error:
             rejected.append((n, str(error)))
             continue

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from gpuledger.finance.charges import Charges, charge_interval, no_charges
 from gpuledger.finance.charges_table import charges_table
 from gpuledger.finance.rates import Rates, price_intervals, rates_from
+from gpuledger.schemas.telemetry import MAX_CLOCK_AHEAD_MS
 from gpuledger.streams import ledger_rows
 from gpuledger.streams.holders import OPEN_END_MS, UNPLACED_POOL, PoolFacts, unplaced
 from gpuledger.streams.ledger_rows import Fingerprints, Version, stamp
@@ -31,12 +32,14 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class LedgerRules:
-    """What every process of one ledger must agree on. `gates`: partitions of the topics that hold back completeness."""
+    """What every process of one ledger must agree on. `gates`: partitions of the topics that hold back completeness;
+    `ahead_ms`: how far event time may be ahead of the broker's."""
 
     grace_ms: int
     confirm_ms: int
     price_interval_minutes: int
     gates: dict[str, int] = field(default_factory=dict[str, int])
+    ahead_ms: int = MAX_CLOCK_AHEAD_MS
 
     @property
     def unit_ms(self) -> int:

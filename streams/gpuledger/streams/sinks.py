@@ -26,10 +26,10 @@ from gpuledger.streams.fragments import fragments
 from gpuledger.streams.holders import UNPLACED_POOL
 from gpuledger.streams.intake import Rejected, Stored
 from gpuledger.streams.marks import MINUTE_MS, Marks
+from gpuledger.streams.recomputer import LedgerRules
 from gpuledger.streams.store import Store
 
 __all__ = [
-    "AHEAD_MS",
     "MAX_LETTER_BYTES",
     "TICK_HEADER",
     "AlertsSink",
@@ -41,8 +41,6 @@ __all__ = [
 
 #: A record with this header only says that the partition has nothing older: it moves the frontier.
 TICK_HEADER = "gpuledger-tick"
-#: Marks reach this far past the broker's time: as far as event time may be ahead of it.
-AHEAD_MS = 120_000
 #: A dead letter keeps this much of its message.
 MAX_LETTER_BYTES = 65_536
 #: (node, boot) and allocation namings whose marks this process has sent and need no look-up again.
@@ -122,16 +120,17 @@ class _MarkingSink:
 class TelemetrySink(_MarkingSink):
     """telemetry → fragments, host readings, gaps, confirmations, boots."""
 
-    def __init__(self, store: Store, send: Send, confirm_ms: int) -> None:
+    def __init__(self, store: Store, send: Send, rules: LedgerRules) -> None:
         super().__init__(store, "telemetry", send)
-        self._confirm_ms = confirm_ms
+        self._confirm_ms = rules.confirm_ms
+        self._ahead_ms = rules.ahead_ms
         self._named = _Memory()
         self._boots = _Memory()
 
     def store(self, records: Sequence[Record]) -> Stored[Followup]:
         """Stores every message of the block that can be read; the others are rejected with their reasons."""
         messages = [record for record in records if not _is_tick(record)]
-        block = decode_block(messages)
+        block = decode_block(messages, self._ahead_ms)
         marks = Marks()
         found = fragments(block)
         if found is not None:
@@ -207,7 +206,7 @@ class TelemetrySink(_MarkingSink):
             )
             rows += self._store.rows(sql, {"nodes": nodes})
         pools = self._store.pools_of(gpu for _, _, gpu, _ in rows)
-        until = int(block.appended_ms.max(initial=0)) + AHEAD_MS
+        until = int(block.appended_ms.max(initial=0)) + self._ahead_ms
         for node, boot, gpu, start in rows:
             mine = starts[node].get(boot)
             ends = min((t for t in starts[node].values() if mine is not None and t > mine), default=None)
@@ -223,7 +222,7 @@ class TelemetrySink(_MarkingSink):
         named = _named(block)
         if not named:
             return {}
-        now = int(block.appended_ms.max()) + AHEAD_MS
+        now = int(block.appended_ms.max()) + self._ahead_ms
         latest: dict[str, int] = {}
         for (allocation, _), t in named.items():
             latest[allocation] = max(latest.get(allocation, 0), t)
@@ -293,6 +292,10 @@ def _host_rows(hosts: Sequence[tuple[str, HostReading]]) -> pa.Table:
 class FactsSink(_MarkingSink):
     """allocations, inventory, jobs, capacity, rates, alerts → `facts` and the typed tables."""
 
+    def __init__(self, store: Store, topic: str, send: Send, ahead_ms: int) -> None:
+        super().__init__(store, topic, send)
+        self._ahead_ms = ahead_ms
+
     def store(self, records: Sequence[Record]) -> Stored[Followup]:
         """Stores the facts that are new; a fact repeated by a later message is neither stored nor marked again."""
         facts: list[StoredFact] = []
@@ -313,7 +316,7 @@ class FactsSink(_MarkingSink):
         facts = self._new(facts)
         for table, rows in fact_rows(facts, inventories).items():
             self._store.insert(table, rows)
-        now_ms = max((record.timestamp_ms for record in records), default=0) + AHEAD_MS
+        now_ms = max((record.timestamp_ms for record in records), default=0) + self._ahead_ms
         marks = self._marks(facts, now_ms)
         alerts = tuple(fact.fact for fact in facts if isinstance(fact.fact, Alert))
         return Stored(Followup(marks, _progress(records, self._topic), alerts), rejected)
@@ -361,12 +364,23 @@ class FactsSink(_MarkingSink):
                     pools |= pools_of.get(fact.gpu, {UNPLACED_POOL})
             for pool in pools:
                 marks.add(pool, start, end, kind)
+        self._mark_unplaced(facts, now_ms, marks)
         if everywhere:
             extents = self._store.extents()
             for start, end in everywhere:
                 for pool, (first_ms, last_ms) in extents.items():
                     marks.add(pool, max(start, first_ms), min(end, last_ms), "rates")
         return marks
+
+    def _mark_unplaced(self, facts: Sequence[StoredFact], now_ms: int, marks: Marks) -> None:
+        """Allocations that came before their GPU's first placement are shown as conflicts no longer."""
+        sql = (
+            "SELECT min(start_ms), max(ifNull(end_ms, {now:Int64})) FROM allocations WHERE gpu IN {gpus:Array(String)} "
+            "HAVING count() > 0"
+        )
+        for gpus in _chunks([fact.fact.gpu for fact in facts if isinstance(fact.fact, Placement)]):
+            for start, end in self._store.rows(sql, {"gpus": gpus, "now": now_ms}):
+                marks.add(UNPLACED_POOL, int(start), min(int(end), now_ms), "placement")
 
     def _revisions(self, facts: Sequence[StoredFact]) -> list[Any]:
         out: list[Any] = []
@@ -396,8 +410,8 @@ def _chunks(names: Sequence[str], size: int = 2_000) -> Iterable[list[str]]:
 class AlertsSink(FactsSink):
     """alerts → the table, and on to whoever is told (webhooks); an alert repeated by a later message is not."""
 
-    def __init__(self, store: Store, send: Send, tell: Callable[[Alert], None]) -> None:
-        super().__init__(store, "alerts", send)
+    def __init__(self, store: Store, send: Send, ahead_ms: int, tell: Callable[[Alert], None]) -> None:
+        super().__init__(store, "alerts", send, ahead_ms)
         self._tell = tell
 
     async def after(self, stored: Stored[Followup]) -> None:
