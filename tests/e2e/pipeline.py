@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import clickhouse_connect
+import pytest
 
 from gpuledger.agents.broker_topics import create_topics
 from gpuledger.agents.messages import Message
@@ -33,7 +34,7 @@ from gpuledger.streams.brokers import end_offsets
 from tests.e2e.load import Load, Offsets, publish
 
 __all__ = ["Digest", "Installation", "Kill", "WorkerProcess"]
-__all__ += ["answers", "differences", "installation", "plain_environment"]
+__all__ += ["answers", "installation", "plain_environment", "same"]
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -61,16 +62,19 @@ def plain_environment(**settings: str) -> dict[str, str]:
     return kept | {f"GPULEDGER_{name}": value for name, value in settings.items()}
 
 
-def differences(found: Digest, expected: Digest) -> list[str]:
-    """What is in one digest only: per view the numbers and the first row of each side."""
-    out: list[str] = []
+def same(found: Digest, expected: Digest) -> None:
+    """Fails unless they are equal bit for bit: with the numbers of each view, and the first rows of one side only."""
+    told: list[str] = []
     for view, rows in expected.items():
-        extra, missing = set(found[view]) - set(rows), set(rows) - set(found[view])
         if found[view] != rows:
-            first = [min(side, key=repr, default=None) for side in (extra, missing)]
-            counts = f"{len(found[view])} rows, expected {len(rows)}; {len(extra)} extra, {len(missing)} missing"
-            out.append(f"{view}: {counts}; first extra {first[0]}; first missing {first[1]}")
-    return out
+            extra, missing = (
+                sorted(set(found[view]) - set(rows), key=repr),
+                sorted(set(rows) - set(found[view]), key=repr),
+            )
+            told.append(f"{view}: {len(found[view])} rows, expected {len(rows)}")
+            told += [f"  extra   {row}" for row in extra[:3]] + [f"  missing {row}" for row in missing[:3]]
+    if told:
+        pytest.fail("\n".join(["the ledgers differ", *told]), pytrace=False)
 
 
 def answers(url: str) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.e2e.load import Load
-from tests.e2e.pipeline import Digest, Installation, differences
+from tests.e2e.pipeline import Digest, Installation, same
 
 pytestmark = pytest.mark.services
 
@@ -54,7 +54,7 @@ def test_kills_change_nothing(pipeline: Installation, load: Load, undisturbed: D
     pipeline.start_worker()
     pipeline.settle(load, *sent)
     found = pipeline.digest(load)
-    assert not differences(found, undisturbed)
+    same(found, undisturbed)
     observed, held = held_us(during(found, load))
     assert observed > held * 0.9
 
@@ -73,4 +73,4 @@ def test_a_worker_joins_and_another_leaves_under_load(pipeline: Installation, lo
     assert first.stop() == 0, first.log()[-3000:]
     sent.append(sending.result())
     pipeline.settle(load, *sent)
-    assert not differences(pipeline.digest(load), undisturbed)
+    same(pipeline.digest(load), undisturbed)

@@ -127,6 +127,9 @@ def decode_facts(topic: str, value: bytes | None) -> tuple[Sequence[Fact], Inven
         wrong = next((p for p in event.placements if p.node != event.node), None)
         if wrong is not None:
             raise MessageError(f"placements: {wrong.id} is on node {wrong.node}, the inventory is of node {event.node}")
+        large = next((p for p in event.placements if p.index is not None and not 0 <= p.index < 1 << 31), None)
+        if large is not None:
+            raise MessageError(f"placements: {large.id}: index: expected 0 to {(1 << 31) - 1}, got {large.index}")
         return event.placements, event
     if not isinstance(event, Fact):
         raise MessageError(f"type: {event.kind} is not a fact")
