@@ -49,4 +49,5 @@ def status(session: Session, data: Path | None, layout: Format) -> None:
     ]
     write_rows([Column("number"), Column("name"), Column("state")], rows, layout)
     if waiting:
+        click.echo(f"{len(waiting)} pending; apply them with: gpuledger db migrate", err=True)
         raise click.exceptions.Exit(1)
