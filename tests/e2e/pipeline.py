@@ -177,7 +177,7 @@ class Installation:
         found = self.rows("SELECT topic, partition, offset FROM v_progress")
         return {(str(topic), int(partition)): int(offset) for topic, partition, offset in found}
 
-    def wait_until(self, condition: Callable[[], object], what: str, timeout_s: float = 90) -> None:
+    def wait_until(self, condition: Callable[[], object], what: str, timeout_s: float = 150) -> None:
         """Looks every moment; fails when no worker runs any more, or at the end of the time."""
         deadline_s = time.monotonic() + timeout_s
         while not condition():
