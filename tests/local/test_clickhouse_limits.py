@@ -204,6 +204,9 @@ def test_it_stays_well_under_load_and_bad_input(small: Small) -> None:
         assert set(pool.map(many, range(40))) <= {200, 503}
     assert small.child.poll() is None
     assert threading.active_count() < 50
-    log = [json.loads(line) for line in (small.directory / "log").read_text().splitlines()]
+    # The engine itself may write a line of its own, for instance where there are no control groups.
+    lines = (small.directory / "log").read_text().splitlines()
+    log = [json.loads(line) for line in lines if line.startswith("{")]
+    assert log
     assert [entry for entry in log if entry["level"] == "error"] == []
     assert subprocess.run(["kill", "-0", str(small.child.pid)], check=False).returncode == 0
