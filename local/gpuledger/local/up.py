@@ -89,7 +89,6 @@ def _run(
     health, page = free_port(), options.page_port or free_port()
     env = _environment(os.environ, kafka.bootstrap, clickhouse.url)
     env["GPULEDGER_WORKER__LISTEN"] = f"127.0.0.1:{health}"
-    env["GPULEDGER_ECHARTS"] = str(script)
     base = [sys.executable, "-m", "gpuledger.cli"]
     if options.config_path is not None:
         base += ["--config", str(options.config_path)]
@@ -102,7 +101,8 @@ def _run(
 
     child("worker", ["worker", "run", "--datadir", str(data / "worker")], f"http://127.0.0.1:{health}/readyz")
     say("Faust worker    ready")
-    child("page", ["serve", "--host", "127.0.0.1", "--port", str(page)], f"{page_url}healthz")
+    serve = ["serve", "--host", "127.0.0.1", "--port", str(page), "--echarts", str(script)]
+    child("page", serve, f"{page_url}healthz")
     if options.scenario is not None:
         child("simulator", ["simulate", str(options.scenario), "--data", str(data / "simulator")])
         say(f"Simulated site  {options.scenario.stem}")

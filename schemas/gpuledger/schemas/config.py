@@ -41,7 +41,7 @@ __all__ = [
 
 ENVIRONMENT_PREFIX = "GPULEDGER_"
 #: Variables with the prefix that are no settings: where the file is, and where jars are kept.
-_OTHER_VARIABLES = frozenset({"GPULEDGER_CONFIG", "GPULEDGER_CACHE_DIR", "GPULEDGER_ECHARTS"})
+_OTHER_VARIABLES = frozenset({"GPULEDGER_CONFIG", "GPULEDGER_CACHE_DIR"})
 
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})")
 

@@ -26,8 +26,6 @@ __all__ = ["Amounts", "Ledger", "Window", "kinds", "recompute"]
 
 Ints = NDArray[np.int64]
 
-_ACTIVITIES = 8
-
 
 @dataclass(frozen=True, slots=True)
 class Window:
