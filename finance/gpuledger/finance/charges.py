@@ -23,8 +23,8 @@ from gpuledger.schemas.events import AssetCost
 
 __all__ = ["KINDS", "UNATTRIBUTED", "Charges", "Quantities", "charge_interval", "no_charges"]
 
-KINDS = ("held", "unconfirmed", "reserved_unused", "free", "overcommitted")
-_HELD, _UNCONFIRMED, _RESERVED_UNUSED, _FREE, _OVERCOMMITTED = range(5)
+KINDS = ("held", "unconfirmed", "reserved_unused", "free", "unsliced", "overcommitted")
+_HELD, _UNCONFIRMED, _RESERVED_UNUSED, _FREE, _UNSLICED, _OVERCOMMITTED = range(6)
 _CODE = {kind: code for code, kind in enumerate(KINDS)}
 #: The tenant of time that nobody is known to hold: it is shown, never dropped.
 UNATTRIBUTED = "unattributed"
@@ -43,7 +43,7 @@ Nanos = NDArray[Any]
 class Quantities:
     """What the ledger says of one (pool, price interval): columns of n rows, sorted by the first four, no key twice.
 
-    `activity` is '' for reserved_unused, free and overcommitted. `energy_mj` counts only where `energy_known`.
+    `activity` is '' for time that nobody holds. `energy_mj` counts only where `energy_known`.
     """
 
     tenant: Text
@@ -146,7 +146,7 @@ def charge_interval(pool: str, start_ms: int, end_ms: int, quantities: Quantitie
     - Fixed cost goes by GPU time over all rows but overcommitted ones, energy cost by known energy. Where no GPU was in
       service, one row of kind free and 0 GPU time carries all of it.
     - It is borne by: held, the tenant; unconfirmed, `unattributed`; reserved_unused, the tenant that reserved, unless
-      its rate card says the operator; free, the operator ("").
+      its rate card says the operator; free and unsliced, the operator ("").
     - The charge is GPU time x price rounded half-even once per (tenant, job), then divided over the job's activities by
       GPU time. Unconfirmed and overcommitted time is charged 0; reserved_unused as the card says, 0 if it does not.
     - Unknown, thus NULL: asset cost without an asset cost for the pool, charge without a rate card. Where energy or its
@@ -343,7 +343,7 @@ def _payers(rows: _Rows, prices: _Prices) -> Text:
     payer = rows.keys[0].copy()
     payer[rows.code == _UNCONFIRMED] = UNATTRIBUTED
     payer[(rows.code == _RESERVED_UNUSED) & prices.operator_pays_unused] = ""
-    payer[rows.code == _FREE] = ""
+    payer[(rows.code == _FREE) | (rows.code == _UNSLICED)] = ""
     return payer
 
 

@@ -26,6 +26,8 @@ __all__ = [
     "EnergyTariff",
     "Event",
     "Fact",
+    "Geometry",
+    "Instance",
     "Inventory",
     "Job",
     "Placement",
@@ -87,8 +89,46 @@ class Placement(Fact, frozen=True, kw_only=True, tag="placement"):
         _check_interval(self.start_ms, self.end_ms)
 
 
+class Instance(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A MIG instance: its number, when it was made (numbers are used again), and how many slices it has."""
+
+    instance: Annotated[int, Meta(ge=1, le=65535)]
+    epoch_ms: TimeMs
+    slices: Annotated[int, Meta(ge=1, le=64)]
+    profile: str = ""
+
+
+class Geometry(Fact, frozen=True, kw_only=True, tag="geometry"):
+    """How a GPU is cut into MIG instances during [start, end). Of several in force the latest start counts; what no
+    instance has is unsliced capacity. The interval ends where MIG is switched off."""
+
+    kind: ClassVar[str] = "geometry"
+    gpu: Name
+    node: Name
+    slices: Annotated[int, Meta(ge=1, le=64)] = 7
+    instances: list[Instance] = []
+    start_ms: TimeMs
+    end_ms: TimeMs | None = None
+    void: bool = False
+
+    def __post_init__(self) -> None:
+        _check_interval(self.start_ms, self.end_ms)
+        names = [each.instance for each in self.instances]
+        twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
+        if twice is not None:
+            raise ValueError(f"instances: number {twice} is there twice; a geometry has each number once")
+        if self.sliced > self.slices:
+            raise ValueError(f"instances: have {self.sliced} slices of the GPU's {self.slices}")
+
+    @property
+    def sliced(self) -> int:
+        """Slices that belong to instances."""
+        return sum(each.slices for each in self.instances)
+
+
 class Inventory(Event, frozen=True, kw_only=True, tag="inventory"):
-    """A node as it is: sent at start, on change and hourly, keyed by node (compacted), with all its placements."""
+    """A node as it is: sent at start, on change and hourly, keyed by node (compacted), with all its placements and the
+    geometries of its GPUs in MIG mode."""
 
     kind: ClassVar[str] = "inventory"
     node: Name
@@ -100,13 +140,15 @@ class Inventory(Event, frozen=True, kw_only=True, tag="inventory"):
     config_hash: str = ""
     health: str = "ok"
     placements: list[Placement] = []
+    geometries: list[Geometry] = []
 
 
 class Allocation(Fact, frozen=True, kw_only=True, tag="allocation"):
     """Job x GPU (or MIG instance) x weight_num/weight_den x [start, end), as one source knows it.
 
-    `end_ms` None means it runs. `tenant` is set only where the source knows it; else the account map decides
-    by `source`, `account`, `user` and `namespace`. A `void` allocation never happened.
+    `end_ms` None means it runs. `epoch_ms` is that of the MIG instance, 0 where the source does not know it. `tenant`
+    is set only where the source knows it; else the account map decides by `source`, `account`, `user` and `namespace`. A
+    `void` allocation never happened.
     """
 
     kind: ClassVar[str] = "allocation"
@@ -114,6 +156,7 @@ class Allocation(Fact, frozen=True, kw_only=True, tag="allocation"):
     boot_id: str = ""
     gpu: Name
     instance: Annotated[int, Meta(ge=0, le=65535)] = 0
+    epoch_ms: Annotated[int, Meta(ge=0, le=7_258_118_400_000)] = 0
     job_id: Name
     source: Source
     account: str = ""
@@ -136,7 +179,8 @@ class Allocation(Fact, frozen=True, kw_only=True, tag="allocation"):
 
 
 class Job(Fact, frozen=True, kw_only=True, tag="job"):
-    """A job as its scheduler knows it; `id` is the job id that allocations name. Feeds names and reconciliation."""
+    """A job as its scheduler knows it; `id` is the job id that allocations name. Its end ends those of its allocations
+    whose own end was never told (an epilog that was lost)."""
 
     kind: ClassVar[str] = "job"
     source: Source
@@ -349,22 +393,30 @@ class Alert(Fact, frozen=True, kw_only=True, tag="alert"):
 
 
 class DeadLetter(Event, frozen=True, kw_only=True, tag="dead_letter"):
-    """A message that could not be read: where it was, why, and its bytes (base64 in JSON) up to a limit."""
+    """A message that could not be read: where it was, why, and its bytes (base64 in JSON) up to a limit.
+
+    `last_offset` is set where the letter stands for a whole batch of records that could not be unpacked. `complete`
+    letters hold the whole message: key (None: it had none), value (`no_value`: it had none) and headers.
+    """
 
     kind: ClassVar[str] = "dead_letter"
     topic: Name
     partition: int
     offset: int
+    last_offset: int | None = None
     appended_at_ms: int
     reason: str
     key: bytes | None = None
     value: bytes = b""
     value_bytes: int = 0
-    headers: list[tuple[str, bytes]] = []
+    no_value: bool = False
+    headers: list[tuple[str, bytes | None]] = []
+    complete: bool = False
 
 
 AnyEvent = (
     Placement
+    | Geometry
     | Inventory
     | Allocation
     | Job

@@ -143,12 +143,15 @@ class Device(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `previous_ts_ms` is None in the first batch of a run: its first sample covers nothing and only starts the clock.
     `previous_energy_mj` is that sample's counter, None when unknown; instances other than 0 have no energy.
+    `epoch_ms` is when that MIG instance was made (UTC), because its number is used again after a reconfiguration: a
+    batch may list one number twice, with two epochs. 0: the whole GPU, or not known.
     """
 
     gpu: str
     instance: int = 0
     previous_ts_ms: int | None = None
     previous_energy_mj: int | None = None
+    epoch_ms: int = 0
 
 
 class HostReading(msgspec.Struct, frozen=True, omit_defaults=True):

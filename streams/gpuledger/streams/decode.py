@@ -131,6 +131,7 @@ def _bounded(header: BatchHeader) -> Iterator[tuple[str, int | None, int, int]]:
         yield "devices.instance", device.instance, 0, 1 << 16
         yield "devices.previous_ts_ms", device.previous_ts_ms, _FROM_2000_MS, _TO_2200_MS
         yield "devices.previous_energy_mj", device.previous_energy_mj, 0, _MAX_ENERGY_MJ + 1
+        yield "devices.epoch_ms", device.epoch_ms, 0, _TO_2200_MS
 
 
 def _check_header(header: BatchHeader) -> None:
@@ -139,6 +140,10 @@ def _check_header(header: BatchHeader) -> None:
     for field, value, least, bound in _bounded(header):
         if value is not None and not least <= value < bound:
             raise MessageError(f"header {HEADER_KEY}: {field}: expected {least} to {bound - 1}, got {value}")
+    # Two rows of one key would replace each other in the table.
+    names = {(device.gpu, device.instance, device.epoch_ms) for device in header.devices}
+    if len(names) < len(header.devices):
+        raise MessageError(f"header {HEADER_KEY}: devices: a device (gpu, instance, epoch_ms) is there twice")
 
 
 def _check(header: BatchHeader, batch: pa.RecordBatch, appended_ms: int, ahead_ms: int) -> None:

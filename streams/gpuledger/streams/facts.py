@@ -17,6 +17,7 @@ from gpuledger.schemas.events import (
     EnergyTariff,
     Event,
     Fact,
+    Geometry,
     Inventory,
     Job,
     Placement,
@@ -43,11 +44,18 @@ _TABLES: dict[str, dict[str, pa.DataType]] = {
     | _INTERVAL
     | {"void": _UINT8},
     "allocations": _COMMON
-    | {"node": _STRING, "boot_id": _STRING, "gpu": _STRING, "instance": pa.uint16(), "job_id": _STRING}
+    | {"node": _STRING, "boot_id": _STRING, "gpu": _STRING, "instance": pa.uint16(), "epoch_ms": _INT64}
+    | {"job_id": _STRING}
     | dict.fromkeys(("source", "account", "user", "namespace", "tenant"), _STRING)
     | {"weight_num": _UINT32, "weight_den": _UINT32}
     | _INTERVAL
     | {"confidence_pct": _UINT8, "void": _UINT8},
+    "geometries": _COMMON
+    | {"gpu": _STRING, "node": _STRING, "slices": pa.uint16(), "sliced": pa.uint16()}
+    | {"instances": pa.list_(pa.uint16()), "epochs_ms": pa.list_(_INT64), "instance_slices": pa.list_(pa.uint16())}
+    | {"profiles": pa.list_(_STRING)}
+    | _INTERVAL
+    | {"void": _UINT8},
     "jobs": _COMMON
     | dict.fromkeys(("source", "cluster", "name", "account", "user", "tenant", "queue"), _STRING)
     | {"gpus": _UINT32, "submitted_ms": _INT64, "started_ms": _INT64, "ended_ms": _INT64, "state": _STRING}
@@ -75,6 +83,7 @@ _TABLES: dict[str, dict[str, pa.DataType]] = {
 
 _TABLE_OF: dict[type[Event], str] = {
     Placement: "placements",
+    Geometry: "geometries",
     Allocation: "allocations",
     Job: "jobs",
     Commitment: "commitments",
@@ -111,7 +120,7 @@ def table_of(fact: Fact) -> str:
 
 
 def decode_facts(topic: str, value: bytes | None) -> tuple[Sequence[Fact], Inventory | None]:
-    """The facts of one message of `topic` (an inventory holds many placements).
+    """The facts of one message of `topic` (an inventory holds many placements and geometries).
 
     Raises:
         MessageError: it cannot be read, or its type does not belong on the topic.
@@ -124,13 +133,16 @@ def decode_facts(topic: str, value: bytes | None) -> tuple[Sequence[Fact], Inven
             f"type: {event.kind} does not belong on topic {topic}; expected {', '.join(TOPICS[topic].types)}"
         )
     if isinstance(event, Inventory):
-        wrong = next((p for p in event.placements if p.node != event.node), None)
+        facts = [*event.placements, *event.geometries]
+        wrong = next((fact for fact in facts if fact.node != event.node), None)
         if wrong is not None:
-            raise MessageError(f"placements: {wrong.id} is on node {wrong.node}, the inventory is of node {event.node}")
+            raise MessageError(
+                f"{wrong.kind}: {wrong.id} is on node {wrong.node}, the inventory is of node {event.node}"
+            )
         large = next((p for p in event.placements if p.index is not None and not 0 <= p.index < 1 << 31), None)
         if large is not None:
             raise MessageError(f"placements: {large.id}: index: expected 0 to {(1 << 31) - 1}, got {large.index}")
-        return event.placements, event
+        return facts, event
     if not isinstance(event, Fact):
         raise MessageError(f"type: {event.kind} is not a fact")
     return [event], None
@@ -146,6 +158,11 @@ def _row(stored: StoredFact) -> dict[str, Any]:
             row |= {"gpu_index": fact.index, "void": int(fact.void)}
         case Allocation():
             row["void"] = int(fact.void)
+        case Geometry():
+            names = (("instances", "instance"), ("epochs_ms", "epoch_ms"), ("instance_slices", "slices"))
+            for column, name in (*names, ("profiles", "profile")):
+                row[column] = [getattr(each, name) for each in fact.instances]
+            row |= {"sliced": fact.sliced, "void": int(fact.void)}
         case Job():
             row["tags"] = list(fact.tags.items())
         case Alert():
@@ -181,7 +198,7 @@ def fact_rows(stored: Iterable[StoredFact], inventories: Iterable[tuple[Inventor
 def touched(fact: Fact, now_ms: int) -> tuple[int, int]:
     """[start, end) that a fact says something about, up to `now_ms`: what comes later is computed then."""
     match fact:
-        case Placement() | Allocation() | Commitment() | Transfer() | RateCard() | AssetCost():
+        case Placement() | Geometry() | Allocation() | Commitment() | Transfer() | RateCard() | AssetCost():
             return fact.start_ms, min(now_ms, now_ms if fact.end_ms is None else fact.end_ms)
         case EnergyTariff():
             return fact.prices[0].start_ms, min(now_ms, fact.end_ms)

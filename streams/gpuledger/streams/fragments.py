@@ -232,6 +232,7 @@ def fragments(block: TelemetryBlock) -> Fragments | None:
         "run_start_ms": pa.array([header.run_start_ms for header in headers], type=pa.int64()),
         "run_id": pa.array([header.run_id for header in headers], type=pa.string()),
         "seq": pa.array([header.seq for header in headers], type=pa.uint32()),
+        "epoch_ms": pa.array([devices[n].epoch_ms for n in device], type=pa.int64()),
         "node": pa.array([header.node for header in headers], type=pa.string()),
         **timeline,
         "power_integral_mj": _power_integral(block, order, pieces, groups),

@@ -60,12 +60,14 @@ class PoolFacts:
     """What was read for one pool and range, as tables with the columns of the ClickHouse tables, voids left out.
 
     `placements`: every placement of every GPU that any placement of the pool names. `allocations`: of those GPUs, with
-    `named_ms` (latest naming, NULL for none). `boots`: node, boot_id, start_ms. `commitments` and `transfers` of the
-    pool. `tenants`: the account map.
+    `named_ms` (latest naming, NULL for none) and `job_ended_ms` (when their job ended, NULL where that is not known).
+    `geometries` of those GPUs. `boots`: node, boot_id, start_ms. `commitments` and `transfers` of the pool. `tenants`:
+    the account map.
     """
 
     pool: str
     placements: pa.Table
+    geometries: pa.Table
     allocations: pa.Table
     boots: pa.Table
     commitments: pa.Table
@@ -75,12 +77,14 @@ class PoolFacts:
 
 @dataclass(frozen=True, slots=True)
 class Holders:
-    """Who can hold: one entry per (tenant, job, user, instance, confirmed). Sorted, so that ties fall the same way."""
+    """Who can hold: one entry per (tenant, job, user, instance, epoch, confirmed). Sorted, so that ties fall the same
+    way. `epoch` is when the MIG instance was made, 0 where that is not known."""
 
     tenant: list[str]
     job_id: list[str]
     user: list[str]
     instance: Ints
+    epoch: Ints
     unconfirmed: NDArray[np.bool_]
 
     def __len__(self) -> int:
@@ -91,9 +95,10 @@ class Holders:
 class Spans:
     """Spans sorted by (gpu, start); times in UTC milliseconds, clipped to the window.
 
-    Entry k of span s (offsets[s] <= k < offsets[s+1]) says that `holder[k]` has weight[k] / denominator[s] of the GPU;
-    leftover[s] = max(0, denominator - sum of weights) is not allocated. Where the weights sum to more than the
-    denominator they share the GPU in proportion (and a conflict says so).
+    Entry k of span s (offsets[s] <= k < offsets[s+1]) says that `holder[k]` has weight[k] / denominator[s] of the GPU.
+    What is not allocated, max(0, denominator - sum of weights), is `unsliced` as far as the GPU's geometry gives it to
+    no MIG instance, else `leftover`. Where the weights sum to more than the denominator they share the GPU in
+    proportion (and a conflict says so).
     """
 
     gpus: list[str]
@@ -106,6 +111,7 @@ class Spans:
     weight: Ints
     denominator: Ints
     leftover: Ints
+    unsliced: Ints
     conflicts: list[Conflict] = field(default_factory=list[Conflict])
 
 
@@ -258,6 +264,13 @@ def _boot_ends(facts: PoolFacts, open_: NDArray[np.bool_]) -> Ints:
     return ends
 
 
+def _job_ends(facts: PoolFacts, open_: NDArray[np.bool_]) -> Ints:
+    """Per allocation the end of its job, OPEN_END_MS where it is not known or the allocation has an end of its own. A
+    job that ended before the allocation began is another run under the same id."""
+    ended = _times(facts.allocations, "job_ended_ms", OPEN_END_MS)
+    return np.where(open_ & (ended > _times(facts.allocations, "start_ms", 0)), ended, OPEN_END_MS)
+
+
 def _tenant_parts(
     tenants: Sequence[Tenant], source: str, names: Mapping[str, str], from_ms: int, to_ms: int
 ) -> list[tuple[int, int, str]]:
@@ -325,7 +338,7 @@ def _claims(
     start = _times(table, "start_ms", 0)
     explicit = _times(table, "end_ms", OPEN_END_MS)
     open_ = ~table.column("end_ms").is_valid().to_numpy()
-    end = np.where(open_, _boot_ends(facts, open_), explicit)
+    end = np.where(open_, np.minimum(_boot_ends(facts, open_), _job_ends(facts, open_)), explicit)
     confirmed = np.where(open_, np.maximum(start, _times(table, "named_ms", 0)) + confirm_ms, OPEN_END_MS)
     code, names = _codes(table.column("gpu"))
     gpu = np.array([gpus.get(name, -1) for name in names], dtype=np.int64)[code] if names else code
@@ -347,14 +360,16 @@ def _claims(
     user_code, users = _codes(taken.column("user"))
     id_code, ids = _codes(taken.column("id"))
     instance = table.column("instance").to_numpy().astype(np.int64)[row]
-    keys = np.stack([tenant_code, job_code, user_code, instance, unconfirmed.astype(np.int64)], axis=1)
+    epoch = table.column("epoch_ms").to_numpy().astype(np.int64)[row]
+    keys = np.stack([tenant_code, job_code, user_code, instance, epoch, unconfirmed.astype(np.int64)], axis=1)
     unique, holder = np.unique(keys, axis=0, return_inverse=True)
     holders = Holders(
         tenant=[tenants[n] for n in unique[:, 0]],
         job_id=[jobs[n] for n in unique[:, 1]],
         user=[users[n] for n in unique[:, 2]],
         instance=unique[:, 3],
-        unconfirmed=unique[:, 4].astype(bool),
+        epoch=unique[:, 4],
+        unconfirmed=unique[:, 5].astype(bool),
     )
     claims = _Claims(
         gpu=gpu[row],
@@ -369,6 +384,48 @@ def _claims(
         id=[ids[n] for n in id_code],
     )
     return claims, holders
+
+
+# ------------------------------------------------------------------------------------------------- geometry
+
+
+@dataclass(slots=True)
+class _Geometries:
+    """Which geometry is in force, sorted by (gpu, start), disjoint. `unsliced` of `slices` belong to no instance."""
+
+    gpu: Ints
+    start: Ints
+    end: Ints
+    slices: Ints
+    unsliced: Ints
+
+
+def _geometries(facts: PoolFacts, gpus: Mapping[str, int], from_ms: int, to_ms: int) -> _Geometries:
+    """Of those in force at an instant the latest start counts, then the smaller node, then the smaller id."""
+    table = facts.geometries
+    columns = (
+        _strings(table, "gpu"),
+        _times(table, "start_ms", 0).tolist(),
+        _times(table, "end_ms", OPEN_END_MS).tolist(),
+        _strings(table, "node"),
+        _strings(table, "id"),
+        table.column("slices").to_pylist(),
+        table.column("sliced").to_pylist(),
+    )
+    by_gpu: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
+    for gpu, start, end, *rest in zip(*columns, strict=True):
+        if gpu in gpus and start < min(end, to_ms) and end > from_ms:
+            by_gpu[gpus[gpu]].append((start, end, *rest))
+    out: list[tuple[int, ...]] = []
+    for gpu in sorted(by_gpu):
+        known = by_gpu[gpu]
+        times = {t for start, end, *_ in known for t in (start, end) if from_ms < t < to_ms}
+        for begin, finish in pairwise(sorted({from_ms, to_ms} | times)):
+            here = [each for each in known if each[0] <= begin < each[1]]
+            if here:
+                *_, slices, sliced = min(here, key=lambda each: (-each[0], *each[2:4]))
+                out.append((gpu, begin, finish, slices, max(0, slices - sliced)))
+    return _Geometries(*np.array(out, dtype=np.int64).reshape(-1, 5).T)
 
 
 # ------------------------------------------------------------------------------------------------- spans
@@ -414,6 +471,15 @@ def _covered(cuts: Ints, begin: Ints, finish: Ints) -> NDArray[np.bool_]:
     return np.cumsum(depth)[: len(cuts)] > 0
 
 
+def _sliced(shapes: _Geometries, begin: Ints, finish: Ints, cuts: Ints) -> tuple[Ints, Ints]:
+    """(slices, unsliced of them) of the geometry in force from each of `cuts`; (1, 0) where there is none."""
+    if len(begin) == 0:
+        return np.ones(len(cuts), dtype=np.int64), np.zeros(len(cuts), dtype=np.int64)
+    at = np.maximum(np.searchsorted(begin, cuts, side="right") - 1, 0)
+    inside = (begin[at] <= cuts) & (cuts < finish[at])
+    return np.where(inside, shapes.slices[at], 1), np.where(inside, shapes.unsliced[at], 0)
+
+
 def spans(facts: PoolFacts, from_ms: int, to_ms: int, confirm_ms: int) -> Spans:
     """The spans of a pool over [from_ms, to_ms).
 
@@ -424,11 +490,13 @@ def spans(facts: PoolFacts, from_ms: int, to_ms: int, confirm_ms: int) -> Spans:
     index = {gpu: n for n, gpu in enumerate(gpus)}
     service = _service(facts, placed, from_ms, to_ms, conflicts)
     claims, holders = _claims(facts, index, from_ms, to_ms, confirm_ms)
+    shapes = _geometries(facts, index, from_ms, to_ms)
 
     width = to_ms - from_ms + 1  # one more than the window: the end of one GPU is not the start of the next
     service_from, service_to = (service.gpu * width + t - from_ms for t in (service.start, service.end))
     claim_from, claim_to = (claims.gpu * width + t - from_ms for t in (claims.start, claims.end))
-    cuts = np.unique(np.concatenate([service_from, service_to, claim_from, claim_to]))
+    shape_from, shape_to = (shapes.gpu * width + t - from_ms for t in (shapes.start, shapes.end))
+    cuts = np.unique(np.concatenate([service_from, service_to, claim_from, claim_to, shape_from, shape_to]))
     in_service = _covered(cuts, service_from[service.mine], service_to[service.mine])
     anywhere = _covered(cuts, service_from, service_to)
     length = np.append(np.diff(cuts), 0)
@@ -456,12 +524,16 @@ def spans(facts: PoolFacts, from_ms: int, to_ms: int, confirm_ms: int) -> Spans:
     offsets = np.searchsorted(span, np.arange(len(kept) + 1))
 
     denominator = _common_denominators(claims.den[claim], offsets)
+    slices, unsliced = _sliced(shapes, shape_from, shape_to, cuts[kept])
+    denominator = np.where(denominator * slices <= _MAX_DENOMINATOR, np.lcm(denominator, slices), denominator)
     mine = denominator[span]
     exact = mine % np.maximum(claims.den[claim], 1) == 0
     num, den = claims.num[claim], claims.den[claim]
     weight = np.where(exact, num * (mine // den), num * mine // den)
     total = np.zeros(len(kept), dtype=np.int64)
     np.add.at(total, span, weight)
+    left = np.maximum(denominator - total, 0)
+    unsliced = np.minimum(left, denominator * unsliced // slices)
     gpu, start = cuts[kept] // width, cuts[kept] % width + from_ms
     end = start + length[kept]
     for n in np.flatnonzero(total > denominator).tolist():
@@ -478,7 +550,8 @@ def spans(facts: PoolFacts, from_ms: int, to_ms: int, confirm_ms: int) -> Spans:
         holder=claims.holder[claim],
         weight=weight,
         denominator=denominator,
-        leftover=np.maximum(denominator - total, 0),
+        leftover=left - unsliced,
+        unsliced=unsliced,
         conflicts=conflicts,
     )
 

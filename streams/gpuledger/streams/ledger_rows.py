@@ -113,7 +113,7 @@ def _minute_part(ledger: Ledger, minute: Ints, who: Sequence[pa.Array], us: Ints
 
 @dataclass(frozen=True, slots=True)
 class _Nobody:
-    """Reserved-unused, overcommitted and free time, one row each; `tenant` and `kind` are codes."""
+    """Time that nobody held, one row each; `kind` is a code of _NOBODY_KINDS, `tenant` of [*tenants, ""]."""
 
     minute: Ints
     tenant: Ints
@@ -123,28 +123,28 @@ class _Nobody:
     energy_known: NDArray[np.bool_]
 
 
-_NOBODY_KINDS = ["reserved_unused", "free", "overcommitted"]
+_NOBODY_KINDS = ["reserved_unused", "free", "unsliced", "overcommitted"]
 
 
 def _nobody(ledger: Ledger) -> _Nobody:
-    """Who bears the time that nobody held, and its energy by time. Tenant codes index [*tenants, ""]."""
+    """Who bears the time that nobody held, and its energy by time."""
     unheld, minutes = ledger.unheld, ledger.window.minutes
-    stacked = np.concatenate([unheld.reserved_us, unheld.free_us[None, :]])
-    tenant, minute = np.nonzero(stacked)
-    us = stacked[tenant, minute]
-    order = np.lexsort((tenant, minute))
-    tenant, minute, us = tenant[order], minute[order], us[order]
+    stacked = np.concatenate([unheld.reserved_us, unheld.free_us[None, :], unheld.unsliced_us[None, :]])
+    row, minute = np.nonzero(stacked)
+    us = stacked[row, minute]
+    order = np.lexsort((row, minute))
+    row, minute, us = row[order], minute[order], us[order]
     energy = apportion_groups(ledger.unallocated_mj, minute.astype(np.intp), np.maximum(us, 0))
     total = np.zeros(minutes, dtype=np.int64)
     np.add.at(total, minute, us)
     known = (total > ledger.unallocated_blind_us)[minute] | (energy != 0)
     over_tenant, over_minute = np.nonzero(unheld.overcommitted_us)
-    free = tenant == len(unheld.tenants)
+    nobody = len(unheld.tenants)
     none = np.zeros(len(over_tenant), dtype=np.int64)
     return _Nobody(
         minute=np.concatenate([minute, over_minute]),
-        tenant=np.concatenate([tenant, over_tenant]),
-        kind=np.concatenate([np.where(free, 1, 0), none + 2]),
+        tenant=np.concatenate([np.minimum(row, nobody), over_tenant]),
+        kind=np.concatenate([np.maximum(row - nobody + 1, 0), none + 3]),
         us=np.concatenate([us, unheld.overcommitted_us[over_tenant, over_minute]]),
         energy_mj=np.concatenate([energy, none]),
         energy_known=np.concatenate([known, none.astype(bool)]),
@@ -194,8 +194,9 @@ def minute_rows(ledger: Ledger, prints: Fingerprints) -> pa.Table:
 
 def _gpu_rows(ledger: Ledger, amounts: Amounts, at: Ints, name: str, markers: Ints) -> pa.Table:
     gpu, use, activity = amounts.keys[1:]
-    tenants, jobs, instances, unconfirmed = zip(*ledger.uses, ("", "", 0, False), strict=True)
-    kind = ["unconfirmed" if doubtful else "held" for doubtful in unconfirmed[:-1]] + ["unallocated"]
+    nobody = ("", "", 0, False)
+    tenants, jobs, instances, unconfirmed = zip(*ledger.uses, nobody, nobody, strict=True)
+    kind = kinds(list(zip(tenants[:-2], unconfirmed[:-2], strict=True)))
     rows = pa.table(
         {
             "pool": _constant(ledger.pool, len(amounts)),

@@ -26,6 +26,7 @@ FRAGMENT_COLUMNS = (
     "run_start_ms",
     "run_id",
     "seq",
+    "epoch_ms",
     "segment_start_ms",
     "segment_duration_ms",
     "segment_activity",
@@ -40,10 +41,12 @@ class Observed:
 
     Energy is linear from `energy_from` at `line_start` to `energy_to` at `line_end` (the segment as it was stored, of
     which [start, end) is the believed part); -1 where it is not known or the instance is not the whole GPU.
+    `epoch` is when the MIG instance was made, 0 where that is not known.
     """
 
     gpu: Ints
     instance: Ints
+    epoch: Ints
     start: Ints
     end: Ints
     activity: Ints
@@ -108,6 +111,7 @@ def _believe(segments: Observed, rank: Ints) -> Observed:
     return Observed(
         taken.gpu,
         taken.instance,
+        taken.epoch,
         np.array(starts, dtype=np.int64),
         np.array(ends, dtype=np.int64),
         taken.activity,
@@ -137,6 +141,7 @@ def observed(table: pa.Table, gpus: Mapping[str, int]) -> Observed:
     segments = Observed(
         gpu=gpu[fragment],
         instance=instance[fragment],
+        epoch=table.column("epoch_ms").to_numpy().astype(np.int64)[fragment],
         start=start,
         end=end,
         activity=_flat(table, "segment_activity", 0),

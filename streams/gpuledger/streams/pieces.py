@@ -28,7 +28,8 @@ class Pieces:
 
     Piece p lies in `count[p]` minutes from minute `minute[p]` (since 1970): a part [start, start + length) of one, or
     `count` whole ones (length 60,000 ms each). Entry k belongs to piece `piece[k]` and gives `amount[k]` GPU-us *per
-    minute* to `holder[k]`; the holder `unallocated` is what nobody holds. Amounts of a piece sum to 1000 x length.
+    minute* to `holder[k]`; the holders `unallocated` and `unsliced` (the last codes) are nobody: capacity that no
+    allocation holds, and capacity that no MIG instance has. Amounts of a piece sum to 1000 x length.
     """
 
     span: Ints
@@ -43,6 +44,7 @@ class Pieces:
     amount: Ints
     offsets: Ints
     unallocated: int
+    unsliced: int
 
 
 def expand(counts: Ints) -> tuple[Ints, Ints]:
@@ -81,14 +83,16 @@ def pieces(spans: Spans, complete_until_ms: int) -> Pieces:
     """
     span, start, length, count = _cut(spans, complete_until_ms)
     unallocated = len(spans.holders)
+    unsliced = unallocated + 1
     holders = np.diff(spans.offsets)[span]
-    piece, position = expand(holders + 1)
-    left = position == holders[piece]
-    source = np.where(left, 0, spans.offsets[span[piece]] + position)
+    piece, position = expand(holders + 2)
+    nobody = position - holders[piece]  # 0: unallocated, 1: unsliced
+    source = np.where(nobody >= 0, 0, spans.offsets[span[piece]] + position)
     weights = spans.weight if len(spans.weight) else np.zeros(1, dtype=np.int64)
     names = spans.holder if len(spans.holder) else np.zeros(1, dtype=np.int64)
-    weight = np.where(left, spans.leftover[span[piece]], weights[source])
-    holder = np.where(left, unallocated, names[source])
+    left = np.where(nobody == 0, spans.leftover[span[piece]], spans.unsliced[span[piece]])
+    weight = np.where(nobody >= 0, left, weights[source])
+    holder = np.where(nobody >= 0, unallocated + nobody, names[source])
     kept = weight > 0
     piece, holder, weight = piece[kept], holder[kept], weight[kept]
 
@@ -113,4 +117,5 @@ def pieces(spans: Spans, complete_until_ms: int) -> Pieces:
         amount=amount,
         offsets=np.searchsorted(piece, np.arange(len(span) + 1)),
         unallocated=unallocated,
+        unsliced=unsliced,
     )

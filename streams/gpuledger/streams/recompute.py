@@ -81,8 +81,8 @@ class Ledger:
     by_minute: (minute of the window, account, activity); by_gpu_minute: (minute, gpu, use, activity), only where
     fragments exist; by_gpu_hour: (hour, gpu, use, activity); by_job: (bucket, job, activity).
     `accounts` are (tenant, unconfirmed), `jobs` (tenant, job, user, unconfirmed), `uses` (tenant, job, instance,
-    unconfirmed); the last code of each is what nobody holds. `unheld` divides that; `unallocated_mj` is its energy per
-    minute.
+    unconfirmed); two more codes of each are what nobody holds: unallocated, and unsliced. `unheld` divides their time;
+    `unallocated_mj` is their energy per minute.
     """
 
     pool: str
@@ -175,8 +175,21 @@ def _line(seen: Observed, segment: Ints, at: Ints) -> Ints:
     return first + (last - first) * (at - start) // np.maximum(end - start, 1)
 
 
-def _energy_moves(seen: Observed, segment: Ints, cell: Ints, cells: _Cells, cut: Pieces) -> tuple[Ints, Ints, Ints]:
-    """(pair, entry, millijoules): the energy of each segment within each cell, by weight to all entries there."""
+@dataclass(frozen=True, slots=True)
+class _Energy:
+    """Energy of whole GPUs: `entry` used `mj` in `minute` while it did `activity`."""
+
+    entry: Ints
+    minute: Ints
+    activity: Ints
+    mj: Ints
+
+
+def _energy_moves(
+    seen: Observed, segment: Ints, cell: Ints, cells: _Cells, cut: Pieces, of_entry: _Uses, base: Ints
+) -> _Energy:
+    """The energy of each segment within each cell, by weight to all entries there; of the entries on a MIG instance to
+    what the instance was seen doing meanwhile, and to `base` (activity by piece) where it was not seen."""
     begin = np.maximum(seen.start[segment], cells.start[cell])
     finish = np.minimum(seen.end[segment], cells.end[cell])
     known = np.flatnonzero(seen.energy_from[segment] >= 0)
@@ -185,7 +198,65 @@ def _energy_moves(seen: Observed, segment: Ints, cell: Ints, cells: _Cells, cut:
     row, position = expand(cut.offsets[piece + 1] - cut.offsets[piece])
     entry = cut.offsets[piece[row]] + position
     share = apportion_groups(total, row.astype(np.intp), cut.weight[entry])
-    return known[row], entry, share
+    minute = cells.minute[cell[known[row]]]
+    whole = of_entry.instance[entry] == 0
+    alone = _Energy(entry[whole], minute[whole], seen.activity[segment[known[row[whole]]]], share[whole])
+    if whole.all():
+        return alone
+    part = np.flatnonzero(~whole)
+    at = known[row[part]]
+    bounds = begin[at], finish[at]
+    owner, activity, mj = _by_instance(seen, cut.gpu[piece[row[part]]], of_entry, entry[part], bounds, share[part])
+    rest = share[part].copy()
+    np.subtract.at(rest, owner, mj)
+    unseen = base[piece[row[part]]]
+    return _Energy(
+        entry=np.concatenate([alone.entry, entry[part][owner], entry[part]]),
+        minute=np.concatenate([alone.minute, minute[part][owner], minute[part]]),
+        activity=np.concatenate([alone.activity, activity, unseen]),
+        mj=np.concatenate([alone.mj, mj, rest]),
+    )
+
+
+def _by_instance(
+    seen: Observed, gpu: Ints, of_entry: _Uses, entry: Ints, bounds: tuple[Ints, Ints], share: Ints
+) -> tuple[Ints, Ints, Ints]:
+    """(row, activity, millijoules) of the stretches of `bounds` in which the instance of each row was seen: the share
+    by time, in differences that telescope."""
+    begin, finish = bounds
+    slices = seen.take(np.flatnonzero(seen.instance != 0))
+    device = slices.gpu << 16 | slices.instance
+    known = np.unique(device)
+    wanted = gpu << 16 | of_entry.instance[entry]
+    place = np.searchsorted(known, wanted)
+    there = np.flatnonzero(np.append(known, -1)[place] == wanted)
+    base = int(min(slices.start.min(initial=1 << 60), begin.min(initial=1 << 60)))
+    width = int(max(slices.end.max(initial=0), finish.max(initial=0))) - base + 1
+    at = np.searchsorted(known, device) * width - base
+    of_row = place[there] * width - base
+    first = np.searchsorted(at + slices.end, of_row + begin[there], side="right")
+    last = np.searchsorted(at + slices.start, of_row + finish[there], side="left")
+    row, position = expand(np.maximum(last - first, 0))
+    segment, row = first[row] + position, there[row]
+    mine = np.flatnonzero(_same_epoch(of_entry.epoch[entry[row]], slices.epoch[segment]))
+    segment, row = segment[mine], row[mine]
+    lo, hi = np.maximum(slices.start[segment], begin[row]), np.minimum(slices.end[segment], finish[row])
+    length = finish[row] - begin[row]
+    mj = share[row] * (hi - begin[row]) // length - share[row] * (lo - begin[row]) // length
+    return row, slices.activity[segment], mj
+
+
+@dataclass(frozen=True, slots=True)
+class _Uses:
+    """Instance and epoch of every entry."""
+
+    instance: Ints
+    epoch: Ints
+
+
+def _same_epoch(a: Ints, b: Ints) -> NDArray[np.bool_]:
+    """Whether two epochs of one instance number can be the same instance; 0 is not known."""
+    return (a == b) | (a == 0) | (b == 0)
 
 
 def _moves(seen: Observed, cut: Pieces, cells: _Cells, spans_: Spans, window: Window) -> _Moves:
@@ -195,26 +266,27 @@ def _moves(seen: Observed, cut: Pieces, cells: _Cells, spans_: Spans, window: Wi
     finish = np.minimum(seen.end[segment], cells.end[cell])
     pair, position = expand(cut.offsets[piece + 1] - cut.offsets[piece])
     entry = cut.offsets[piece[pair]] + position
-    instance = np.append(spans_.holders.instance, 0)[cut.holder[entry]]
-    mine = instance == seen.instance[segment[pair]]
+    of_entry = _Uses(
+        instance=np.append(spans_.holders.instance, [0, 0])[cut.holder],
+        epoch=np.append(spans_.holders.epoch, [0, 0])[cut.holder],
+    )
+    mine = of_entry.instance[entry] == seen.instance[segment[pair]]
+    mine &= _same_epoch(of_entry.epoch[entry], seen.epoch[segment[pair]])
     pair, entry = pair[mine], entry[mine]
     start, length = cells.start[cell[pair]], cut.length[piece[pair]]
     amount = cut.amount[entry]
     us = amount * (finish[pair] - start) // length - amount * (begin[pair] - start) // length
     activity, minute = seen.activity[segment[pair]], cells.minute[cell[pair]]
 
-    e_pair, e_entry, energy = _energy_moves(seen, segment, cell, cells, cut)
-    whole = np.append(spans_.holders.instance, 0)[cut.holder[e_entry]] == 0
     # A slice's share of the GPU's energy is known even where what the slice did is not.
-    e_activity = np.where(whole, seen.activity[segment[e_pair]], int(Activity.UNOBSERVED))
+    energy = _energy_moves(seen, segment, cell, cells, cut, of_entry, _base(cut.minute, window))
     known = seen.energy_from[segment[pair]] >= 0
-    none = np.zeros(len(energy), dtype=np.int64)
     return _Moves(
-        entry=np.concatenate([entry, e_entry]),
-        minute=np.concatenate([minute, cells.minute[cell[e_pair]]]),
-        activity=np.concatenate([activity, e_activity]),
-        us=np.concatenate([us, none]),
-        energy=np.concatenate([np.where(known, 0, -1), energy]),
+        entry=np.concatenate([entry, energy.entry]),
+        minute=np.concatenate([minute, energy.minute]),
+        activity=np.concatenate([activity, energy.activity]),
+        us=np.concatenate([us, np.zeros(len(energy.mj), dtype=np.int64)]),
+        energy=np.concatenate([np.where(known, 0, -1), energy.mj]),
     )
 
 
@@ -235,15 +307,20 @@ class _Entries:
 
 def _entries(cut: Pieces, window: Window) -> _Entries:
     minute = cut.minute[cut.piece] - window.from_ms // MINUTE_MS
-    complete = cut.minute[cut.piece] * MINUTE_MS < window.complete_until_ms // MINUTE_MS * MINUTE_MS
     return _Entries(
         minute=minute,
         count=cut.count[cut.piece],
         amount=cut.amount,
         gpu=cut.gpu[cut.piece],
         holder=cut.holder,
-        base=np.where(complete, int(Activity.UNOBSERVED), int(Activity.PENDING)),
+        base=_base(cut.minute[cut.piece], window),
     )
+
+
+def _base(minute: Ints, window: Window) -> Ints:
+    """What is not seen in these minutes (since 1970): unobserved where they are complete, else pending."""
+    complete = minute * MINUTE_MS < window.complete_until_ms // MINUTE_MS * MINUTE_MS
+    return np.where(complete, int(Activity.UNOBSERVED), int(Activity.PENDING))
 
 
 def _with_moves(
@@ -304,10 +381,10 @@ T = TypeVar("T", bound=tuple[object, ...])
 
 
 def _code(names: Sequence[T]) -> tuple[Ints, list[T]]:
-    """The code of every holder's name and, last, of nobody; and what the codes mean, sorted."""
+    """The code of every holder's name and, last, of nobody (unallocated, unsliced); what the codes mean, sorted."""
     distinct = sorted(set(names))
     code = {name: n for n, name in enumerate(distinct)}
-    return np.array([code[name] for name in names] + [len(distinct)], dtype=np.int64), distinct
+    return np.array([code[name] for name in names] + [len(distinct), len(distinct) + 1], dtype=np.int64), distinct
 
 
 def _hours(window: Window) -> Ints:
@@ -338,7 +415,7 @@ def recompute(facts: PoolFacts, fragments: pa.Table, window: Window) -> Ledger:
     account, job, use = (code[entries.holder] for code in (account_of, job_of, use_of))
     moved_base = entries.base[moves.entry]
 
-    by_minute, service_us = _by_minute(entries, account, len(accounts) + 1, moves, window)
+    by_minute, service_us = _by_minute(entries, account, len(accounts) + 2, moves, window)
     by_gpu_minute = _by_gpu_minute(entries, use, cut, cells, moves, window)
     hours = _hours(window)
     entry, hour, us = _per_bucket(entries, hours)
@@ -354,7 +431,7 @@ def recompute(facts: PoolFacts, fragments: pa.Table, window: Window) -> Ledger:
     entry, bucket, us = _per_bucket(entries, buckets)
     by_job = _with_moves((bucket, job[entry]), entries.base[entry], us, _moved(buckets, moves, job), moves, moved_base)
     conflicts = list(found.conflicts)
-    nobody = by_minute.keys[1] == len(accounts)
+    nobody = by_minute.keys[1] >= len(accounts)
     unallocated_mj = np.zeros(window.minutes, dtype=np.int64)
     blind = np.zeros(window.minutes, dtype=np.int64)
     np.add.at(unallocated_mj, by_minute.keys[0][nobody], by_minute.energy_mj[nobody])
@@ -399,5 +476,5 @@ def _by_gpu_minute(entries: _Entries, use: Ints, cut: Pieces, cells: _Cells, mov
 
 
 def kinds(names: Sequence[tuple[str, bool]]) -> list[str]:
-    """The `kind` of accounts: held, unconfirmed, and unallocated for the last code."""
-    return ["unconfirmed" if unconfirmed else "held" for _, unconfirmed in names] + ["unallocated"]
+    """The `kind` of accounts: held, unconfirmed, and unallocated and unsliced for the last codes."""
+    return ["unconfirmed" if unconfirmed else "held" for _, unconfirmed in names] + ["unallocated", "unsliced"]

@@ -49,7 +49,8 @@ class LedgerRules:
 
 def fingerprints(facts: PoolFacts, fragments: pa.Table, from_ms: int, to_ms: int, confirm_ms: int) -> Fingerprints:
     """Per minute: how many fragments, the sum of their hashes, and the sum of the hashes of the facts in force (both
-    modulo 2^64, so that order does not matter). An open allocation also counts from when it is no longer confirmed."""
+    modulo 2^64, so that order does not matter). An open allocation also counts from when it is no longer confirmed, and
+    from the end of its job."""
     minutes = (to_ms - from_ms) // MINUTE_MS
     at = (fragments.column("minute").cast(pa.int64()).to_numpy() - from_ms) // MINUTE_MS
     fragments_hash = np.zeros(minutes, dtype=np.uint64)
@@ -62,16 +63,20 @@ def fingerprints(facts: PoolFacts, fragments: pa.Table, from_ms: int, to_ms: int
         np.add.at(steps, first, hashes)
         np.subtract.at(steps, last, hashes)
 
-    for table in (facts.placements, facts.allocations, facts.commitments, facts.transfers):
+    for table in (facts.placements, facts.geometries, facts.allocations, facts.commitments, facts.transfers):
         start = table.column("start_ms").to_numpy().astype(np.int64)
         end = table.column("end_ms").fill_null(OPEN_END_MS).to_numpy().astype(np.int64)
         count(start, end, table.column("hash").to_numpy())
     allocations = facts.allocations
     open_ = np.flatnonzero(~allocations.column("end_ms").is_valid().to_numpy())
     named = allocations.column("named_ms").fill_null(0).to_numpy().astype(np.int64)[open_]
-    start = np.maximum(allocations.column("start_ms").to_numpy().astype(np.int64)[open_], named) + confirm_ms
-    hashes = allocations.column("hash").to_numpy()[open_] * np.uint64(3) + np.uint64(1)
-    count(start, np.full(len(open_), OPEN_END_MS), hashes)
+    start = allocations.column("start_ms").to_numpy().astype(np.int64)[open_]
+    hashes = allocations.column("hash").to_numpy()[open_]
+    never = np.full(len(open_), OPEN_END_MS)
+    count(np.maximum(start, named) + confirm_ms, never, hashes * np.uint64(3) + np.uint64(1))
+    ended = allocations.column("job_ended_ms").fill_null(0).to_numpy().astype(np.int64)[open_]
+    ends = ended > start
+    count(ended[ends], never[ends], hashes[ends] * np.uint64(5) + ended[ends].astype(np.uint64) * np.uint64(7))
     return Fingerprints(np.bincount(at, minlength=minutes), fragments_hash, np.cumsum(steps, dtype=np.uint64)[:-1])
 
 

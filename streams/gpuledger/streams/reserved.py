@@ -1,8 +1,8 @@
-"""What nobody holds, divided: reserved-unused per tenant, free, and what was promised beyond what there is. Pure.
+"""What nobody holds, divided: reserved-unused per tenant, free, unsliced, and what was promised beyond what there is.
 
-At every instant reserved-unused = max(0, committed - held); the rest of what is unallocated is free. When the claims
-exceed it they share it by largest remainder, and the excess is `overcommitted`, a quantity that is shown and costs
-nothing.
+At every instant reserved-unused = max(0, committed - held), of what no MIG instance has last; the rest is free or
+unsliced. When the claims exceed what there is they share it by largest remainder, and the excess is `overcommitted`, a
+quantity that is shown and costs nothing. Pure.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Unheld:
     reserved_us: Ints
     overcommitted_us: Ints
     free_us: Ints
+    unsliced_us: Ints
 
 
 def _rows(table: pa.Table, *names: str) -> zip[tuple[object, ...]]:
@@ -84,7 +85,7 @@ def levels(facts: PoolFacts, from_ms: int, to_ms: int, conflicts: list[Conflict]
 
 
 def _held(pieces: Pieces, row_of_holder: Ints, rows: int, cuts: Ints) -> Ints:
-    """GPU-us held per row (tenant) and interval between cuts, in integers that sum to each minute's amounts."""
+    """GPU-us per row (tenant, or unsliced) and interval between cuts, in integers that sum to each minute's amounts."""
     entry = np.flatnonzero(pieces.holder != pieces.unallocated)
     piece = pieces.piece[entry]
     row = row_of_holder[pieces.holder[entry]]
@@ -130,17 +131,22 @@ def unheld(
     length_us = np.diff(cuts) * US_PER_MS
 
     index = {tenant: n for n, tenant in enumerate(tenants)}
-    row_of_holder = np.array([index.get(t, len(tenants)) for t in spans.holders.tenant], dtype=np.int64)
+    others, unsliced = len(tenants), len(tenants) + 1
+    rows = [index.get(tenant, others) for tenant in spans.holders.tenant]
+    row_of_holder = np.array([*rows, others, unsliced], dtype=np.int64)
     serving = np.zeros(len(cuts), dtype=np.int64)
     if tenants:
         np.add.at(serving, np.searchsorted(cuts, spans.start), 1)
         np.add.at(serving, np.searchsorted(cuts, spans.end), -1)
-        held = _held(pieces, row_of_holder, len(tenants) + 1, cuts)
-        available = np.cumsum(serving)[:-1] * length_us - held.sum(axis=0)
+        held = _held(pieces, row_of_holder, len(tenants) + 2, cuts)
+        shapeless = held[unsliced]
+        available = np.cumsum(serving)[:-1] * length_us - held[:unsliced].sum(axis=0)
     else:
-        held, available = np.zeros((1, minutes), dtype=np.int64), _unallocated(pieces, from_ms, minutes)
+        held = np.zeros((2, minutes), dtype=np.int64)
+        shapeless = _per_minute(pieces, pieces.holder == pieces.unsliced, from_ms, minutes)
+        available = _per_minute(pieces, pieces.holder >= pieces.unallocated, from_ms, minutes)
     of_level = np.searchsorted(level.times, cuts[:-1], side="right") - 1
-    want = np.maximum(level.gpus[:, of_level] * length_us - held[:-1], 0)
+    want = np.maximum(level.gpus[:, of_level] * length_us - held[:others], 0)
     got = _share(available, want)
 
     at = np.searchsorted(cuts, bounds[:-1])
@@ -150,12 +156,16 @@ def unheld(
     # Cutting a shared GPU's minute can leave one microsecond too many in an interval: the minute decides.
     short = np.flatnonzero(reserved.sum(axis=0) > total)
     reserved[:, short] = _share(total[short], reserved[:, short])
-    return Unheld(tenants, reserved, wanted - reserved, total - reserved.sum(axis=0))
+    rest = total - reserved.sum(axis=0)
+    # A claim takes what is in no instance last, so that as much of it as possible is seen as unsliced.
+    beside = np.maximum(np.minimum(shapeless, available - got.sum(axis=0)), 0)
+    unclaimed = np.minimum(np.add.reduceat(beside, at), rest)
+    return Unheld(tenants, reserved, wanted - reserved, rest - unclaimed, unclaimed)
 
 
-def _unallocated(pieces: Pieces, from_ms: int, minutes: int) -> Ints:
-    """GPU-us per minute that nobody holds."""
-    entry = np.flatnonzero(pieces.holder == pieces.unallocated)
+def _per_minute(pieces: Pieces, chosen: NDArray[np.bool_], from_ms: int, minutes: int) -> Ints:
+    """GPU-us per minute of the chosen entries."""
+    entry = np.flatnonzero(chosen)
     piece = pieces.piece[entry]
     first = pieces.minute[piece] - from_ms // MINUTE_MS
     steps = np.zeros(minutes + 1, dtype=np.int64)

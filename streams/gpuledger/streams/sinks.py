@@ -12,10 +12,21 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
-from gpuledger.schemas.events import Alert, Allocation, DeadLetter, Dirty, Inventory, Placement, Tenant, decode_event
+from gpuledger.schemas.events import (
+    Alert,
+    Allocation,
+    Dirty,
+    Geometry,
+    Inventory,
+    Job,
+    Placement,
+    Tenant,
+    decode_event,
+)
 from gpuledger.schemas.exceptions import MessageError
 from gpuledger.schemas.telemetry import HostReading
 from gpuledger.streams.blocking import BlockingThread
@@ -25,12 +36,12 @@ from gpuledger.streams.facts import StoredFact, decode_facts, documents, fact_ro
 from gpuledger.streams.fragments import fragments
 from gpuledger.streams.holders import UNPLACED_POOL
 from gpuledger.streams.intake import Rejected, Stored
+from gpuledger.streams.letters import decode_letter
 from gpuledger.streams.marks import MINUTE_MS, Marks
 from gpuledger.streams.recomputer import LedgerRules
 from gpuledger.streams.store import Store
 
 __all__ = [
-    "MAX_LETTER_BYTES",
     "TICK_HEADER",
     "AlertsSink",
     "DeadLetterSink",
@@ -41,8 +52,6 @@ __all__ = [
 
 #: A record with this header only says that the partition has nothing older: it moves the frontier.
 TICK_HEADER = "gpuledger-tick"
-#: A dead letter keeps this much of its message.
-MAX_LETTER_BYTES = 65_536
 #: (node, boot) and allocation namings whose marks this process has sent and need no look-up again.
 _REMEMBERED = 200_000
 
@@ -52,7 +61,12 @@ _TIME = pa.timestamp("ms", tz="UTC")
 
 
 def _is_tick(record: Record) -> bool:
-    return any(key == TICK_HEADER for key, _ in record.headers)
+    """A record with a value is a message, whatever its headers say."""
+    return not record.value and any(key == TICK_HEADER for key, _ in record.headers)
+
+
+def _unread(records: Iterable[Record]) -> list[Rejected]:
+    return [Rejected(record, record.unreadable.reason) for record in records if record.unreadable is not None]
 
 
 def _progress(records: Iterable[Record], topic: str) -> pa.Table:
@@ -129,7 +143,7 @@ class TelemetrySink(_MarkingSink):
 
     def store(self, records: Sequence[Record]) -> Stored[Followup]:
         """Stores every message of the block that can be read; the others are rejected with their reasons."""
-        messages = [record for record in records if not _is_tick(record)]
+        messages = [record for record in records if record.unreadable is None and not _is_tick(record)]
         block = decode_block(messages, self._ahead_ms)
         marks = Marks()
         found = fragments(block)
@@ -146,7 +160,7 @@ class TelemetrySink(_MarkingSink):
         named = self._mark_confirmations(block, marks)
         return Stored(
             Followup(marks, _progress(records, self._topic), boots=boots, named=named),
-            [Rejected(messages[n], reason) for n, reason in block.rejected],
+            [*_unread(records), *(Rejected(messages[n], reason) for n, reason in block.rejected)],
         )
 
     async def after(self, stored: Stored[Followup]) -> None:
@@ -300,9 +314,9 @@ class FactsSink(_MarkingSink):
         """Stores the facts that are new; a fact repeated by a later message is neither stored nor marked again."""
         facts: list[StoredFact] = []
         inventories: list[tuple[Inventory, int]] = []
-        rejected: list[Rejected] = []
+        rejected = _unread(records)
         for record in records:
-            if _is_tick(record):
+            if record.unreadable is not None or _is_tick(record):
                 continue
             try:
                 found, inventory = decode_facts(self._topic, record.value)
@@ -345,13 +359,15 @@ class FactsSink(_MarkingSink):
         if not facts:
             return marks
         revisions = self._revisions(facts)
-        gpus = {fact.gpu for fact in revisions if isinstance(fact, (Allocation, Placement))}
+        gpus = {fact.gpu for fact in revisions if isinstance(fact, (Allocation, Placement, Geometry))}
         pools_of = self._store.pools_of(gpus)
         by_id: dict[tuple[str, str], list[Any]] = {}
         for fact in revisions:
             by_id.setdefault((fact.kind, fact.id), []).append(fact)
         everywhere: list[tuple[int, int]] = []
         for (kind, _), stored in by_id.items():
+            if isinstance(stored[0], Job):
+                continue
             spans = [touched(fact, now_ms) for fact in stored]
             start, end = min(a for a, _ in spans), max(b for _, b in spans)
             if isinstance(stored[0], Tenant) or kind == "energy_tariff":
@@ -360,11 +376,12 @@ class FactsSink(_MarkingSink):
             pools: set[str] = set()
             for fact in stored:
                 pools |= {fact.pool} if hasattr(fact, "pool") else set()
-                if isinstance(fact, (Allocation, Placement)):
+                if isinstance(fact, (Allocation, Placement, Geometry)):
                     pools |= pools_of.get(fact.gpu, {UNPLACED_POOL})
             for pool in pools:
                 marks.add(pool, start, end, kind)
         self._mark_unplaced(facts, now_ms, marks)
+        self._mark_job_ends([fact for fact in revisions if isinstance(fact, Job)], now_ms, marks)
         if everywhere:
             extents = self._store.extents()
             for start, end in everywhere:
@@ -381,6 +398,24 @@ class FactsSink(_MarkingSink):
         for gpus in _chunks([fact.fact.gpu for fact in facts if isinstance(fact.fact, Placement)]):
             for start, end in self._store.rows(sql, {"gpus": gpus, "now": now_ms}):
                 marks.add(UNPLACED_POOL, int(start), min(int(end), now_ms), "placement")
+
+    def _mark_job_ends(self, jobs: Sequence[Job], now_ms: int, marks: Marks) -> None:
+        """A job's end, told or corrected, ends those of its allocations that have no end of their own."""
+        ends: dict[str, int] = {}
+        for job in jobs:
+            if job.ended_ms is not None:
+                ends[job.id] = min(job.ended_ms, ends.get(job.id, job.ended_ms))
+        rows: list[tuple[Any, ...]] = []
+        for ids in _chunks(ends):
+            sql = (
+                "SELECT job_id, gpu, start_ms FROM allocations FINAL WHERE job_id IN {ids:Array(String)} "
+                "AND end_ms IS NULL AND void = 0"
+            )
+            rows += self._store.rows(sql, {"ids": ids})
+        pools = self._store.pools_of(gpu for _, gpu, _ in rows)
+        for job, gpu, start_ms in rows:
+            for pool in pools.get(gpu, {UNPLACED_POOL}):
+                marks.add(pool, max(ends[job], int(start_ms)), now_ms, "job")
 
     def _revisions(self, facts: Sequence[StoredFact]) -> list[Any]:
         out: list[Any] = []
@@ -401,7 +436,7 @@ class FactsSink(_MarkingSink):
         return out
 
 
-def _chunks(names: Sequence[str], size: int = 2_000) -> Iterable[list[str]]:
+def _chunks(names: Iterable[str], size: int = 2_000) -> Iterable[list[str]]:
     unique = sorted(set(names))
     for start in range(0, len(unique), size):
         yield unique[start : start + size]
@@ -422,47 +457,32 @@ class AlertsSink(FactsSink):
 
 
 class DeadLetterSink:
-    """deadletter → the table that `status` and people read."""
+    """deadletter → the table that `gpuledger deadletter` and `status` read."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def store(self, records: Sequence[Record]) -> Stored[None]:
-        """Stores dead letters; one that cannot itself be read is kept as it came."""
-        letters = [_letter(record) for record in records]
+        """Stores dead letters, byte for byte; one that cannot itself be read is kept as it came."""
+        letters = [decode_letter(record) for record in records]
+        last = [letter.offset if letter.last_offset is None else letter.last_offset for letter in letters]
         columns = {
             "topic": pa.array([letter.topic for letter in letters]),
             "partition": pa.array([letter.partition for letter in letters], type=pa.uint32()),
             "offset": pa.array([letter.offset for letter in letters], type=pa.uint64()),
+            "last_offset": pa.array(last, type=pa.uint64()),
             "appended_at": pa.array([letter.appended_at_ms for letter in letters], type=pa.int64()).cast(_TIME),
             "reason": pa.array([letter.reason for letter in letters]),
-            "key": pa.array([(letter.key or b"").decode(errors="replace") for letter in letters]),
-            "value": pa.array([letter.value.decode(errors="replace") for letter in letters]),
+            "key": pa.array([letter.key or b"" for letter in letters], type=pa.binary()),
+            "no_key": pa.array([letter.key is None for letter in letters]).cast(pa.uint8()),
+            "value": pa.array([letter.value for letter in letters], type=pa.binary()),
             "value_bytes": pa.array([letter.value_bytes for letter in letters], type=pa.uint64()),
+            "no_value": pa.array([letter.no_value for letter in letters]).cast(pa.uint8()),
+            "headers": pa.array([msgspec.json.encode(letter.headers) for letter in letters], type=pa.binary()),
+            "complete": pa.array([letter.complete for letter in letters]).cast(pa.uint8()),
         }
         self._store.insert("dead_letters", pa.table(columns))
         return Stored(None)
 
     async def after(self, stored: Stored[None]) -> None:
         """Nothing follows."""
-
-
-def _letter(record: Record) -> DeadLetter:
-    try:
-        event = decode_event(record.value or b"")
-        if isinstance(event, DeadLetter):
-            return event
-        reason = f"type: {event.kind} does not belong on topic deadletter"
-    except MessageError as error:
-        reason = str(error)
-    value = record.value or b""
-    return DeadLetter(
-        topic=record.topic,
-        partition=record.partition,
-        offset=record.offset,
-        appended_at_ms=record.timestamp_ms,
-        reason=reason,
-        key=record.key,
-        value=value[:MAX_LETTER_BYTES],
-        value_bytes=len(value),
-    )

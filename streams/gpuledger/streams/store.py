@@ -45,12 +45,24 @@ _PLACEMENTS = """
     FROM placements FINAL
     WHERE void = 0 AND gpu IN (SELECT gpu FROM placements WHERE pool = {pool:String})
 """
+_GEOMETRIES = """
+    SELECT id, node, gpu, start_ms, end_ms, slices, sliced, cityHash64(id, rank) AS hash FROM geometries FINAL
+    WHERE void = 0 AND start_ms < {to_ms:Int64} AND (end_ms IS NULL OR end_ms > {from_ms:Int64})
+        AND gpu IN (SELECT gpu FROM placements WHERE pool = {pool:String})
+"""
 _ALLOCATIONS = """
-    SELECT id, node, boot_id, gpu, instance, job_id, source, account, user, namespace, tenant, weight_num, weight_den,
-        start_ms, end_ms, named_ms, cityHash64(id, rank) AS hash
+    SELECT id, node, boot_id, gpu, instance, epoch_ms, job_id, source, account, user, namespace, tenant, weight_num,
+        weight_den, start_ms, end_ms, named_ms, job_ended_ms, cityHash64(id, rank) AS hash
     FROM allocations FINAL
-    LEFT JOIN (SELECT allocation_id, max(named_ms) AS named_ms FROM confirmed GROUP BY allocation_id) AS c
-        ON c.allocation_id = id
+    LEFT JOIN (
+        SELECT allocation_id, max(named_ms) AS named_ms FROM confirmed WHERE allocation_id IN (
+            SELECT id FROM allocations FINAL WHERE void = 0 AND end_ms IS NULL)
+        GROUP BY allocation_id
+    ) AS c ON c.allocation_id = id
+    LEFT JOIN (
+        SELECT id AS ended_id, ended_ms AS job_ended_ms FROM jobs FINAL WHERE id IN (
+            SELECT job_id FROM allocations FINAL WHERE void = 0 AND end_ms IS NULL)
+    ) AS j ON j.ended_id = job_id
     WHERE void = 0 AND start_ms < {to_ms:Int64} AND (end_ms IS NULL OR end_ms > {from_ms:Int64})
         AND gpu IN (SELECT gpu FROM placements WHERE pool = {pool:String})
     SETTINGS join_use_nulls = 1
@@ -76,14 +88,16 @@ _FRAGMENTS_OF = """
     WHERE minute >= fromUnixTimestamp64Milli({from_ms:Int64}, 'UTC')
         AND minute < fromUnixTimestamp64Milli({to_ms:Int64}, 'UTC')
         AND gpu IN (SELECT gpu FROM placements WHERE pool = {pool:String})"""
+#: An epoch that is not known adds nothing: fragments from before there were epochs keep the hash they were read with.
+_FRAGMENT_HASH = f"bitXor(cityHash64({_FRAGMENT_COLUMNS}), if(epoch_ms = 0, 0, cityHash64(epoch_ms)))"
 _FRAGMENTS = f"""
-    SELECT {_FRAGMENT_COLUMNS}, cityHash64({_FRAGMENT_COLUMNS}) AS hash
+    SELECT {_FRAGMENT_COLUMNS}, epoch_ms, {_FRAGMENT_HASH} AS hash
     {_FRAGMENTS_OF}
     SETTINGS do_not_merge_across_partitions_select_final = 1
 """
 #: The same hash, added up by the server: an audit of a day must not fetch the day.
 _FRAGMENT_PRINTS = f"""
-    SELECT toUnixTimestamp64Milli(minute) AS at_ms, count() AS fragments, sum(cityHash64({_FRAGMENT_COLUMNS})) AS hash
+    SELECT toUnixTimestamp64Milli(minute) AS at_ms, count() AS fragments, sum({_FRAGMENT_HASH}) AS hash
     {_FRAGMENTS_OF}
     GROUP BY minute ORDER BY minute
     SETTINGS do_not_merge_across_partitions_select_final = 1
@@ -160,6 +174,7 @@ class Store:
         return PoolFacts(
             pool=pool,
             placements=self.table(_PLACEMENTS, p),
+            geometries=self.table(_GEOMETRIES, p),
             allocations=self.table(_ALLOCATIONS, p),
             boots=self.table(_BOOTS),
             commitments=self.table(_COMMITMENTS, p),

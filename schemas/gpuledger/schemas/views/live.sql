@@ -67,7 +67,7 @@ SELECT pool, minute, tenant, if(payer = '', '(operator)', payer) AS payer, kind,
 FROM (
     SELECT m.pool AS pool, m.minute AS minute, m.activity AS activity, m.complete AS complete,
         if(m.kind = 'marker', c.tenant, m.tenant) AS tenant, if(m.kind = 'marker', c.kind, m.kind) AS kind,
-        multiIf(c.known = 1, c.payer, m.kind = 'free', '', m.kind = 'unconfirmed', 'unattributed', m.tenant) AS payer,
+        multiIf(c.known = 1, c.payer, m.kind IN ('free', 'unsliced'), '', m.kind = 'unconfirmed', 'unattributed', m.tenant) AS payer,
         -- Where payers share a tenant's time, each has its own row; the time is told once.
         if(m.kind = 'marker' OR (c.known = 1 AND row_number() OVER
             (PARTITION BY m.pool, m.minute, m.tenant, m.kind, m.activity ORDER BY c.payer) > 1), 0, m.us) AS gpu_us,
@@ -210,7 +210,7 @@ SELECT pool, minute, service_us, segments_us, complete,
     multiIf(segments_us != service_us, 'unbalanced', complete = 1, 'complete', 'open') AS state
 FROM (
     SELECT pool, minute, sumIf(toInt128(gpu_us), kind = 'marker') AS service_us, max(complete) AS complete,
-        sumIf(toInt128(gpu_us), kind IN ('held', 'unconfirmed', 'reserved_unused', 'free')) AS segments_us
+        sumIf(toInt128(gpu_us), kind IN ('held', 'unconfirmed', 'reserved_unused', 'free', 'unsliced')) AS segments_us
     FROM (SELECT *, max(version) OVER (PARTITION BY pool, minute) AS newest FROM ledger_minute)
     WHERE version = newest
     GROUP BY pool, minute
