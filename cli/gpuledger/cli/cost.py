@@ -48,6 +48,7 @@ _TIME_TITLES = {
     "unconfirmed": "unconfirmed h",
     "reserved_unused": "reserved unused h",
     "free": "free h",
+    "unsliced": "unsliced h",
 }
 _COLUMNS = (
     *(Column(f"{name}_gpu_us", title, exact=True, show=_hours) for name, title in _TIME_TITLES.items()),
@@ -86,8 +87,8 @@ def cost(
     """Show GPU time and money by tenant, pool or job.
 
     Keys of json and csv: tenant, pool or job_id (with tenant and pool); held_gpu_us, of which active_, idle_,
-    unobserved_, down_ and pending_gpu_us; unconfirmed_, reserved_unused_ and free_gpu_us; energy_mj; asset_cost (what
-    the operator pays, by who bears it) with asset_currency; charge (what the tenant owes) with charge_currency;
+    unobserved_, down_ and pending_gpu_us; unconfirmed_, reserved_unused_, free_ and unsliced_gpu_us; energy_mj;
+    asset_cost (what the operator pays, by who bears it) with asset_currency; charge (what the tenant owes) with charge_currency;
     estimate; incomplete. Times are GPU-microseconds; integers and decimals are text in json; null is not known.
 
     A row is an estimate where the range cuts price intervals or minutes are not complete, and incomplete where its

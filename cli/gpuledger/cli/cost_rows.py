@@ -21,7 +21,7 @@ By = Literal["tenant", "pool", "job"]
 OPERATOR = "(operator)"
 
 _HELD = ("active", "idle", "unobserved", "down", "pending")
-_KINDS = ("unconfirmed", "reserved_unused", "free")
+_KINDS = ("unconfirmed", "reserved_unused", "free", "unsliced")
 _TIMES = ("held", *_HELD, *_KINDS)
 
 _RANGE = """minute >= fromUnixTimestamp64Milli({from_ms:Int64}, 'UTC')
@@ -78,7 +78,7 @@ _UNPRICED_REST = """
     SELECT pool, tenant, '' AS job, kind, activity, sum(toInt128(gpu_us)) AS us, sum(toInt128(energy_mj)) AS mj,
         min(complete) = 0 AS estimate
     FROM v_ledger_minute
-    WHERE $range AND kind IN ('reserved_unused', 'free')
+    WHERE $range AND kind IN ('reserved_unused', 'free', 'unsliced')
         AND (pool, toUInt64(intDiv(toUnixTimestamp64Milli(minute), 3600000))) NOT IN ($priced)
     GROUP BY pool, tenant, kind, activity"""
 #: Minutes of each pool that no price interval covers: their cost is not known.

@@ -147,8 +147,8 @@ class Allocation(Fact, frozen=True, kw_only=True, tag="allocation"):
     """Job x GPU (or MIG instance) x weight_num/weight_den x [start, end), as one source knows it.
 
     `end_ms` None means it runs. `epoch_ms` is that of the MIG instance, 0 where the source does not know it. `tenant`
-    is set only where the source knows it; else the account map decides by `source`, `account`, `user` and `namespace`. A
-    `void` allocation never happened.
+    is set only where the source knows it; else the account map decides by `source`, `account`, `user` and `namespace`.
+    A `void` allocation never happened.
     """
 
     kind: ClassVar[str] = "allocation"

@@ -16,15 +16,15 @@ _NO_MONEY = "No costs yet. Tell GPULedger what the fleet costs: gpuledger rates 
 _NOW = (
     "SELECT asset_currency AS currency, state, sum(gpus) AS state_gpus, "
     "sum(asset_cost_per_second) * 3600 AS state_cost_per_hour, sum(sum(gpus)) OVER () AS in_service, "
-    "sum(sumIf(gpus, state NOT IN ('reserved_unused', 'free'))) OVER () AS held, "
+    "sum(sumIf(gpus, state NOT IN ('reserved_unused', 'free', 'unsliced'))) OVER () AS held, "
     "sum(sum(asset_cost_per_second)) OVER (PARTITION BY currency) AS cost_per_second, "
     "cost_per_second * 3600 AS cost_per_hour, "
-    "sum(sumIf(asset_cost_per_second, state IN ('idle', 'reserved_unused', 'free'))) "
+    "sum(sumIf(asset_cost_per_second, state IN ('idle', 'reserved_unused', 'free', 'unsliced'))) "
     "OVER (PARTITION BY currency) * 3600 AS idle_per_hour, "
     "idle_per_hour / nullIf(cost_per_hour, 0) AS idle_share "
     "FROM v_live_now WHERE $__timeFilter(minute) GROUP BY currency, state "
     "ORDER BY currency DESC, indexOf(['active', 'idle', 'down', 'unobserved', 'pending', 'unconfirmed', "
-    "'reserved_unused', 'free'], state)"
+    "'reserved_unused', 'free', 'unsliced'], state)"
 )
 
 COST_RATE = Panel(
@@ -151,9 +151,9 @@ COST_BY_TENANT = Panel(
 FLEET_NOW = Panel(
     id="fleet-now",
     title="Fleet now",
-    description="Every GPU in service, by what happens with it: working, held but idle, reserved but unused, free, or "
-    "held and not seen. Idle: ask its holder. Reserved and unused: offer it. Not seen: its agent is silent. How held "
-    "time splits follows the last three minutes seen.",
+    description="Every GPU in service, by what happens with it: working, held but idle, reserved but unused, free, in "
+    "no MIG instance (unsliced), or held and not seen. Idle: ask its holder. Reserved and unused: offer it. Not seen: "
+    "its agent is silent. How held time splits follows the last three minutes seen.",
     kind="bargauge",
     sql=_NOW,
     columns=(

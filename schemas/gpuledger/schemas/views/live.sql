@@ -90,7 +90,7 @@ FROM (
 -- How many GPUs are held, reserved or free comes from that minute's intervals, its pending time included. What held
 -- time does is not known yet for all of it: it is split as the last three minutes' seen time of the same tenant was;
 -- where nothing was seen it says pending. `state`: active, idle, unobserved, down, pending (all held), unconfirmed,
--- reserved_unused, free. Rates as in v_cost_minute.
+-- reserved_unused, free, unsliced. Rates as in v_cost_minute.
 CREATE OR REPLACE VIEW v_live_now AS
 WITH
 newest AS (
