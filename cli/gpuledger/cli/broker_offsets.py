@@ -13,7 +13,7 @@ from gpuledger.schemas.topics import TOPICS, topic_name
 if TYPE_CHECKING:
     from gpuledger.streams.marks import Ranges
 
-__all__ = ["BrokerAway", "ends", "waiting_marks"]
+__all__ = ["BrokerAway", "ends", "partitions_of", "waiting_marks", "with_consumer"]
 
 _TIMEOUT_S = 5.0
 #: A backlog is read for at most so long: an audit must not wait for ever behind a producer.
@@ -26,15 +26,17 @@ class BrokerAway(CommandError):
 
 def ends(kafka: Kafka) -> dict[tuple[str, int], tuple[int, int]]:
     """(oldest kept, next) offset of every partition of our topics that the broker has. Raises BrokerAway."""
-    return _run(kafka, _ends)
+    return with_consumer(kafka, _ends)
 
 
 def waiting_marks(kafka: Kafka, done: Mapping[int, int]) -> dict[str, Ranges]:
     """The ranges, by pool, of the dirty marks after the offsets worked off (`done`: partition → last). BrokerAway."""
-    return _run(kafka, lambda consumer, kafka: _waiting(consumer, kafka, done))
+    return with_consumer(kafka, lambda consumer, kafka: _waiting(consumer, kafka, done))
 
 
-def _run(kafka: Kafka, read: Any) -> Any:
+def with_consumer(kafka: Kafka, read: Any) -> Any:
+    """What the coroutine `read(consumer, kafka)` gives, with a consumer that has joined no group. Raises BrokerAway."""
+
     async def session() -> Any:
         from aiokafka import AIOKafkaConsumer
         from aiokafka.errors import KafkaError
@@ -57,7 +59,7 @@ def _run(kafka: Kafka, read: Any) -> Any:
     return asyncio.run(session())
 
 
-async def _partitions(kafka: Kafka) -> dict[str, list[Any]]:
+async def partitions_of(kafka: Kafka) -> dict[str, list[Any]]:
     """The partitions of those of our topics that the broker has."""
     from aiokafka import TopicPartition
     from aiokafka.admin import AIOKafkaAdminClient
@@ -82,7 +84,7 @@ async def _partitions(kafka: Kafka) -> dict[str, list[Any]]:
 
 async def _ends(consumer: Any, kafka: Kafka) -> dict[tuple[str, int], tuple[int, int]]:
     found: dict[tuple[str, int], tuple[int, int]] = {}
-    for name, partitions in (await _partitions(kafka)).items():
+    for name, partitions in (await partitions_of(kafka)).items():
         first = await consumer.beginning_offsets(partitions)
         last = await consumer.end_offsets(partitions)
         found |= {(name, tp.partition): (int(first[tp]), int(last[tp])) for tp in partitions}
@@ -95,7 +97,7 @@ async def _waiting(consumer: Any, kafka: Kafka, done: Mapping[int, int]) -> dict
     from gpuledger.streams.marks import Marks
 
     marks = Marks()
-    partitions = (await _partitions(kafka)).get("dirty", [])
+    partitions = (await partitions_of(kafka)).get("dirty", [])
     if not partitions:
         return {}
     consumer.assign(partitions)

@@ -1,4 +1,4 @@
-"""`gpuledger ledger`: its rows as they are, and a range computed again."""
+"""`gpuledger ledger`: its rows as they are, why they are so, and a range computed again."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 
 from gpuledger.cli.database import data_option, database
 from gpuledger.cli.exceptions import CommandError
+from gpuledger.cli.explain import explain
 from gpuledger.cli.ledger_store import Access, opened
 from gpuledger.cli.moments import MINUTE_MS, iso, range_options, time_range
 from gpuledger.cli.output import Column, Format, format_option, write_rows
@@ -32,7 +33,10 @@ _MOST_UNITS = 24 * 31
 
 @click.group()
 def ledger() -> None:
-    """Show the ledger's rows, or compute a range again."""
+    """Show the ledger's rows, explain one minute of a GPU, or compute a range again."""
+
+
+ledger.add_command(explain)
 
 
 # -- show -----------------------------------------------------------------------------------------------------------
