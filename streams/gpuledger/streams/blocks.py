@@ -24,7 +24,9 @@ from faust.transport.drivers.aiokafka import Transport as AIOKafkaTransport
 from faust.types import TP, ConsumerMessage, Message, TopicT
 from mode import CrashingSupervisor
 
+from gpuledger.streams import record_batches
 from gpuledger.streams.exceptions import IntakeSetupError, UnsupportedFaustError
+from gpuledger.streams.record_batches import Unreadable
 
 __all__ = [
     "FAUST_VERSION",
@@ -46,6 +48,8 @@ if _installed != FAUST_VERSION:
         f" {FAUST_VERSION}; install faust-streaming=={FAUST_VERSION}"
     )
 
+record_batches.install()
+
 _log = logging.getLogger(__name__)
 
 #: What a Python object per record costs beside its bytes; without it a flood of tiny records would look free.
@@ -57,7 +61,11 @@ _NO_PARTITION = TP("", -1)
 
 
 class Record(NamedTuple):
-    """One Kafka record as it came off the wire; `timestamp_ms` is the broker's append time in our topics."""
+    """One Kafka record as it came off the wire; `timestamp_ms` is the broker's append time in our topics.
+
+    Where `unreadable` is set, it stands for a whole batch that was not read: it has nothing to store, and its `offset`
+    is the batch's last.
+    """
 
     topic: str
     partition: int
@@ -65,12 +73,40 @@ class Record(NamedTuple):
     timestamp_ms: int
     key: bytes | None
     value: bytes | None
-    headers: tuple[tuple[str, bytes], ...] = ()
+    headers: tuple[tuple[str, bytes | None], ...] = ()
+    unreadable: Unreadable | None = None
+
+    @property
+    def first_offset(self) -> int:
+        """Its own offset, or that of the first record of the batch it stands for."""
+        return self.offset if self.unreadable is None else self.unreadable.first_offset
 
     @property
     def size_bytes(self) -> int:
         """What this record occupies in memory, roughly."""
-        return len(self.key or b"") + len(self.value or b"") + _RECORD_OVERHEAD_BYTES
+        size = len(self.key or b"") + len(self.value or b"") + _RECORD_OVERHEAD_BYTES
+        for name, value in self.headers:
+            size += len(name) + len(value or b"")
+        return size
+
+
+def _unreadable(fetched: Any) -> Unreadable | None:
+    headers = fetched.headers
+    return headers[0] if headers and type(headers[0]) is Unreadable else None
+
+
+def _first_offset(fetched: Any) -> int:
+    found = _unreadable(fetched)
+    return fetched.offset if found is None else found.first_offset
+
+
+def _record(fetched: Any) -> Record:
+    """aiokafka's record as ours."""
+    where = (fetched.topic, fetched.partition, fetched.offset, fetched.timestamp)
+    found = _unreadable(fetched)
+    if found is not None:
+        return Record(*where, None, None, (), found)
+    return Record(*where, fetched.key, fetched.value, tuple(fetched.headers))
 
 
 class _Acknowledged(Protocol):
@@ -233,7 +269,7 @@ class BlockConsumer(AIOKafkaConsumer):
         return tp in self._get_active_partitions() or tp in self._buffered_partitions
 
     async def _next_block(self, tp: TP, batch: Sequence[Any]) -> ConsumerMessage | None:
-        first, last = batch[0].offset, batch[-1].offset
+        first, last = _first_offset(batch[0]), batch[-1].offset
         read = self._read_offset[tp]
         if read is not None and last < read:
             return None  # left over from before a seek; Faust would drop it, and a dropped block is never acknowledged
@@ -258,7 +294,7 @@ class BlockConsumer(AIOKafkaConsumer):
         message.headers = None
         message.value = cast(
             Any,
-            [Record(r.topic, r.partition, r.offset, r.timestamp, r.key, r.value, tuple(r.headers)) for r in batch],
+            [_record(r) for r in batch],
         )
         return message
 
