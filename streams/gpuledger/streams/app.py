@@ -23,7 +23,7 @@ from faust.types import TP
 from gpuledger.agents.messages import Message, event_message
 from gpuledger.agents.publisher import Publisher
 from gpuledger.schemas.config import Config
-from gpuledger.schemas.events import Alert, DeadLetter, Dirty, encode_event
+from gpuledger.schemas.events import Alert, Dirty, encode_event
 from gpuledger.schemas.topics import TOPICS, topic_name
 from gpuledger.streams.alert_watch import AlertWatch
 from gpuledger.streams.blocks import Record, block_topic, faust_settings
@@ -32,8 +32,9 @@ from gpuledger.streams.dirty import Pace
 from gpuledger.streams.dirty_agent import DirtyStats, take_dirty
 from gpuledger.streams.frontier import Frontier, FrontierStats
 from gpuledger.streams.intake import Barrier, IntakeLimits, IntakeStats, intake, no_barrier
+from gpuledger.streams.letters import letter_of
 from gpuledger.streams.recomputer import LedgerRules, Recomputer
-from gpuledger.streams.sinks import MAX_LETTER_BYTES, AlertsSink, DeadLetterSink, FactsSink, TelemetrySink
+from gpuledger.streams.sinks import AlertsSink, DeadLetterSink, FactsSink, TelemetrySink
 from gpuledger.streams.store import Store, is_io_error
 from gpuledger.streams.webhook import WebhookSender
 
@@ -90,18 +91,8 @@ def make_pipeline(
         await publisher.publish_many([event_message(event)])
 
     async def dead_letter(record: Record, reason: str) -> None:
-        value = record.value or b""
-        letter = DeadLetter(
-            topic=record.topic,
-            partition=record.partition,
-            offset=record.offset,
-            appended_at_ms=record.timestamp_ms,
-            reason=reason,
-            key=record.key,
-            value=value[:MAX_LETTER_BYTES],
-            value_bytes=len(value),
-        )
-        key = f"{record.topic}/{record.partition}/{record.offset}"
+        letter = letter_of(record, reason)
+        key = f"{letter.topic}/{letter.partition}/{letter.offset}"
         await publisher.publish_many([Message("deadletter", key, encode_event(letter))])
 
     def consume(name: str, make_sink: Callable[[], Any]) -> None:

@@ -25,6 +25,7 @@ from gpuledger.streams.dirty import DirtyQueue, Pace, Slice
 from gpuledger.streams.holders import UNPLACED_POOL
 from gpuledger.streams.intake import Barrier, DeadLetter, no_barrier
 from gpuledger.streams.ledger_rows import Version
+from gpuledger.streams.letters import printable
 from gpuledger.streams.marks import Marks
 from gpuledger.streams.recomputer import Recomputer
 from gpuledger.streams.store import Store, is_io_error
@@ -63,6 +64,8 @@ class _Handle:
 
 def dirty_marks(record: Record) -> Dirty:
     """The mark of one record. Raises MessageError."""
+    if record.unreadable is not None:
+        raise MessageError(record.unreadable.reason)
     if not record.value:
         raise MessageError("value: is empty; expected a dirty mark as JSON")
     event = decode_event(record.value)
@@ -145,7 +148,8 @@ class _DirtyAgent:
             self._arrived.set()
 
     async def _reject(self, record: Record, reason: str) -> None:
-        log.warning("dead letter: %s/%d offset %d: %s", record.topic, record.partition, record.offset, reason)
+        where = f"{record.topic}/{record.partition} offset {record.first_offset}"
+        log.warning("dead letter: %s: %s", where, printable(reason))
         pause_s = 0.1
         while True:
             try:
@@ -208,6 +212,8 @@ class _DirtyAgent:
             if self._consumer.holds(handle.event.message):
                 handle.event.ack()
                 self._stats.last_offset[partition] = handle.offset
+        if finished:
+            await self._barrier("acknowledged")
         self._stats.backlog_blocks, self._stats.backlog_minutes = self._queue.backlog()
         self._unrecorded |= {partition: handle for handle, partition in finished}
         if self._unrecorded and time.monotonic() >= self._progress_at:

@@ -19,6 +19,7 @@ from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar, cast
 from gpuledger.streams.blocking import BlockingThread
 from gpuledger.streams.blocks import BlockConsumer, Record
 from gpuledger.streams.exceptions import DataError, IntakeSetupError
+from gpuledger.streams.letters import printable
 
 __all__ = [
     "Barrier",
@@ -37,12 +38,16 @@ _log = logging.getLogger(__name__)
 
 M = TypeVar("M")
 
-#: `await barrier("stored")` runs between store and marks, `await barrier("marked")` between marks and
-#: acknowledgement; fault tests stop or kill the process there.
+#: `await barrier("stored")` runs between store and marks, `await barrier("marked")` between marks and acknowledgement,
+#: `await barrier("acknowledged")` before the offsets are committed; fault tests stop or kill the process there.
 Barrier = Callable[[str], Awaitable[None]]
 
 #: Sends one record with the reason to the dead-letter topic; returns when the broker has acknowledged it.
 DeadLetter = Callable[[Record, str], Awaitable[None]]
+
+#: Dead letters on their way at the same time, and of these so many appear in the log.
+_LETTERS_AT_ONCE = 100
+_LETTERS_LOGGED = 5
 
 
 class Rejected(NamedTuple):
@@ -66,7 +71,8 @@ class Sink(Protocol[M]):
     def store(self, records: Sequence[Record]) -> Stored[M]:
         """Store all records, or raise; runs in a thread, blocks, and writes the same rows when called again.
 
-        Any error that the intake's `is_io_error` does not know is taken as the fault of one of the records.
+        A record that is `unreadable` has nothing to store and is returned as rejected. Any error that the intake's
+        `is_io_error` does not know is taken as the fault of one of the records.
         """
         ...
 
@@ -269,13 +275,23 @@ class _Intake(Generic[M]):
         await self._barrier("stored")
         for piece in stored:
             await self._persist("marks", lambda piece=piece: self._sink.after(piece))
-        for record, reason in rejected:
-            _log.warning("dead letter: %s/%d offset %d: %s", record.topic, record.partition, record.offset, reason)
-            await self._persist("dead letter", lambda r=record, why=reason: self._dead_letter(r, why))
-            self._stats.dead_letters += 1
+        for start in range(0, len(rejected), _LETTERS_AT_ONCE):
+            await self._bury(rejected[start : start + _LETTERS_AT_ONCE])
         await self._barrier("marked")
         self._stats.stored += len(records) - len(rejected)
         self._acknowledge()
+        await self._barrier("acknowledged")
+
+    async def _bury(self, rejected: Sequence[Rejected]) -> None:
+        """Sends dead letters, all at once; a sender of rubbish must not make the log its own."""
+        for record, reason in rejected[:_LETTERS_LOGGED]:
+            where = f"{record.topic}/{record.partition} offset {record.first_offset}"
+            _log.warning("dead letter: %s: %s", where, printable(reason))
+        if len(rejected) > _LETTERS_LOGGED:
+            _log.warning("and %d more dead letters of the same block", len(rejected) - _LETTERS_LOGGED)
+        sends = [self._persist("dead letter", lambda r=r, why=why: self._dead_letter(r, why)) for r, why in rejected]
+        await _all(sends)
+        self._stats.dead_letters += len(rejected)
 
     def _acknowledge(self) -> None:
         for block in self._still_held(self._merged):
@@ -373,6 +389,14 @@ class _Intake(Generic[M]):
                 self._limits.drain_ms,
             )
             flusher.cancel()
+
+
+async def _all(waits: Sequence[Awaitable[None]]) -> None:
+    """Waits for all of them; the first error is raised when none is under way any more."""
+    results = await asyncio.gather(*waits, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
 
 
 def _reason(exc: BaseException) -> str:

@@ -25,7 +25,6 @@ from gpuledger.schemas.events import (
     Job,
     Placement,
     Tenant,
-    decode_event,
 )
 from gpuledger.schemas.exceptions import MessageError
 from gpuledger.schemas.telemetry import HostReading
