@@ -43,6 +43,7 @@ def array(values: list[int]) -> np.ndarray:
 @example(total=2**62 - 1, weights=[1, 2**62 - 2])
 @example(total=-HUGE, weights=[HUGE, HUGE, 1])
 @example(total=10, weights=[1, 1, 1])
+@example(total=-1, weights=[1])
 def test_one_group_equals_the_fractions(total: int, weights: list[int]) -> None:
     if sum(weights) == 0:
         total = 0
@@ -90,7 +91,10 @@ def test_empty_groups_and_no_groups() -> None:
         ([0, 3], [0], [1], "all of group 1 are zero"),
         ([1], [0, 0], [-1, 2], "-1 is negative"),
         ([1, 1], [1, 0], [1, 1], "decrease"),
+        ([1, 1, 1], [0, 2, 1], [1, 1, 1], "decrease"),  # not below the first
         ([1], [1], [1], "from 0 to 0"),
+        ([1], [0, 1], [1, 1], "from 0 to 0"),
+        ([1], [-1, 0], [1, 1], "from 0 to 0"),
         ([1], [0, 0], [1], "shape"),
     ],
 )
@@ -99,6 +103,38 @@ def test_what_cannot_be_divided_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         apportion_groups(array(totals), np.array(group, dtype=np.intp), array(weights))
+
+
+def test_what_cannot_be_divided_exactly_is_an_error_too() -> None:
+    with pytest.raises(ValueError, match="all are zero, nothing can bear the total -1"):
+        largest_remainder_exact(-1, [0, 0])
+    with pytest.raises(ValueError, match="a weight is negative"):
+        largest_remainder_exact(1, [-1, 3])
+    assert largest_remainder_exact(0, [0, 0]) == [0, 0]
+    assert largest_remainder_exact(0, []) == []
+
+
+def test_the_first_group_that_cannot_bear_its_total_is_named() -> None:
+    with pytest.raises(ValueError, match="all of group 1 are zero, nothing can bear its total 7"):
+        apportion_groups(array([3, 7, 9]), np.array([0, 1, 2]), array([1, 0, 0]))
+
+
+def test_other_integer_types_are_widened_first() -> None:
+    # |-2^31| does not fit in 32 bits, and the database's counts are unsigned.
+    totals = np.array([-(2**31), 3], dtype=np.int32)
+    weights = np.array([1, 1, 1], dtype=np.uint64)
+    parts = apportion_groups(totals, np.array([0, 0, 1]), weights)  # pyright: ignore[reportArgumentType]
+    assert parts.dtype == np.int64
+    assert parts.tolist() == [-(2**30), -(2**30), 3]
+
+
+def test_sums_of_weights_around_2_to_the_62() -> None:
+    # Each group's sum decides alone whether 64 bits are enough: far below, just below, at, and beyond 64 bits.
+    groups = [[1, 2], [2**61, 2**61 - 1], [2**61, 2**61], [HUGE, HUGE, HUGE], [2**32 - 1] * 3]
+    ids = np.repeat(np.arange(5), [len(weights) for weights in groups])
+    flat = array([weight for weights in groups for weight in weights])
+    parts = apportion_groups(array([7, 7, 7, 8, 7]), ids, flat)
+    assert parts.tolist() == [2, 5, 4, 3, 4, 3, 3, 3, 2, 3, 2, 2]
 
 
 def test_a_total_beyond_64_bits_is_refused_here_and_divided_exactly_there() -> None:

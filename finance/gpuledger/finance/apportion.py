@@ -50,7 +50,7 @@ def largest_remainder_exact(total: int, weights: Sequence[int]) -> list[int]:
     by_remainder = sorted(range(len(weights)), key=lambda n: (-remainders[n], n))
     for n in by_remainder[: amount - sum(parts)]:
         parts[n] += 1
-    return parts if total >= 0 else [-part for part in parts]
+    return parts if total == amount else [-part for part in parts]
 
 
 def apportion_groups(
@@ -81,9 +81,9 @@ def apportion_groups(
     wide |= (totals >= _BOUND) | (totals <= -_BOUND)
     if not wide.any():
         return _apportion(totals, group, weights, starts, whole)
-    parts = _apportion(
-        np.where(wide, 0, totals), group, np.where(wide[group], 0, weights), starts, np.where(wide, 0, whole)
-    )
+    # A group beyond 64-bit arithmetic counts as nothing here, and is divided one by one below.
+    narrow = ~wide
+    parts = _apportion(totals * narrow, group, weights * narrow[group], starts, whole * narrow)
     for n in np.flatnonzero(wide).tolist():
         rows = slice(int(starts[n]), int(starts[n + 1]))
         parts[rows] = largest_remainder_exact(int(totals[n]), weights[rows].tolist())
@@ -142,4 +142,4 @@ def _apportion(
         of = of[order]
         rank = np.arange(len(of)) - np.searchsorted(of, of)
         parts[candidates[order[rank < missing[of]]]] += 1
-    return np.where(totals[group] < 0, -parts, parts)
+    return parts * np.sign(totals)[group]
