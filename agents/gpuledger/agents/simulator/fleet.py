@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from gpuledger.agents.batch import Cell, encode_batch
 from gpuledger.agents.messages import Message
-from gpuledger.agents.simulator.jobs import RunningJob
-from gpuledger.agents.simulator.scenario import UNITS_PER_GPU, PoolPlan, Scenario
-from gpuledger.schemas.events import Inventory, Placement
+from gpuledger.agents.simulator.jobs import RunningJob, Slot
+from gpuledger.agents.simulator.scenario import MIG_SLICES, UNITS_PER_GPU, PoolPlan, Scenario
+from gpuledger.schemas.events import Geometry, Instance, Inventory, Placement
 from gpuledger.schemas.telemetry import BatchHeader, Device, DownCause, HostReading
 
 __all__ = ["Gpu", "Node", "build_fleet"]
@@ -49,6 +49,10 @@ _NODE_IDLE_MW = 900_000
 _NODE_PER_GPU_PERCENT = 9
 
 
+#: GPU, number of the MIG instance, and when that was made; 0 and 0 for the whole GPU.
+_Device = tuple[str, int, int]
+
+
 def seeded_uuid(*parts: object) -> str:
     """A UUID that depends on its parts alone."""
     return str(uuid.UUID(int=random.Random("/".join(map(str, parts))).getrandbits(128), version=4))
@@ -56,7 +60,8 @@ def seeded_uuid(*parts: object) -> str:
 
 @dataclass(slots=True)
 class Gpu:
-    """One GPU: who is on it (job, share of it in units) and its counters. `energy_uj` is in microjoules."""
+    """One GPU: who is on it (job, share of it in units) and its counters. `energy_uj` is in microjoules. In MIG mode
+    its `slots` are its instances, smallest first, and no part of it is free for anything else."""
 
     uuid: str
     index: int
@@ -66,6 +71,14 @@ class Gpu:
     jobs: list[tuple[RunningJob, int]] = field(default_factory=list[tuple[RunningJob, int]])
     temperature_c: float = 31.0
     lost: bool = False
+    in_mig_mode: bool = False
+    slots: list[Slot] = field(default_factory=list[Slot])
+    cut_ms: int = 0
+
+    def cut(self, slices: list[int], now_ms: int) -> None:
+        """Makes instances of these numbers of slices, numbered from 1; those it had are gone."""
+        self.in_mig_mode, self.cut_ms, self.free_units = True, now_ms, 0
+        self.slots = [Slot(n, now_ms, size) for n, size in enumerate(sorted(slices), start=1)]
 
 
 class Node:
@@ -86,7 +99,10 @@ class Node:
             )
             for index in range(plan.gpus_per_node)
         ]
-        self.free_gpus = len(self.gpus)
+        if plan.mig:
+            for gpu in self.gpus:
+                gpu.cut(plan.mig, born_ms)
+        self.free_gpus = 0 if plan.mig else len(self.gpus)
         self.phase_ms = random.Random(f"{seed}/{name}/phase").randrange(scenario.period_ms)
         self.energy_uj = 0
         self._seed = seed
@@ -105,8 +121,14 @@ class Node:
         self._run_id = seeded_uuid(self._seed, self.name, now_ms, "run")
         self._run_start_ms = now_ms
         self._seq = 0
-        self._previous: list[tuple[int | None, int | None]] = [(None, None)] * len(self.gpus)
+        self._devices = [device for gpu in self.gpus for device in _devices(gpu)]
+        self._previous: dict[_Device, tuple[int, int | None]] = {}
         self._clear()
+
+    def recut(self, gpu: Gpu, slices: list[int], now_ms: int) -> None:
+        """The GPU is cut into other instances. Its next batch has rows of those it had and of those it has."""
+        gpu.cut(slices, now_ms)
+        self._devices += _devices(gpu)[1:]
 
     def reboot(self, now_ms: int) -> None:
         """A new boot: counters that live in the driver begin again at 0."""
@@ -156,6 +178,23 @@ class Node:
             config_hash=config_hash,
             health=f"{lost} of {len(self.gpus)} GPUs lost" if lost else "ok",
             placements=self.placements(self.born_ms),
+            geometries=[self._geometry(gpu) for gpu in self.gpus if gpu.in_mig_mode],
+        )
+
+    def _geometry(self, gpu: Gpu) -> Geometry:
+        size_gib = self.plan.memory_gib
+        return Geometry(
+            id=f"geometry:{gpu.uuid}:{gpu.cut_ms}",
+            revision=gpu.cut_ms,
+            claimed_at_ms=gpu.cut_ms,
+            gpu=gpu.uuid,
+            node=self.name,
+            slices=MIG_SLICES,
+            instances=[
+                Instance(s.instance, s.epoch_ms, s.slices, f"{s.slices}g.{s.slices * size_gib // 8}gb")
+                for s in gpu.slots
+            ],
+            start_ms=gpu.cut_ms,
         )
 
     # -- measuring --------------------------------------------------------------------------------------------------
@@ -164,6 +203,7 @@ class Node:
         self._ts: list[Cell] = []
         self._device: list[Cell] = []
         self._rows: list[tuple[Cell, ...]] = []
+        self._index = {device: n for n, device in enumerate(self._devices)}
 
     def sample(self, tick_ms: int) -> None:
         """Measures every GPU once in the period that begins at `tick_ms`, at this node's own phase."""
@@ -171,6 +211,8 @@ class Node:
         elapsed = 0 if self._measured_ms is None else ts - self._measured_ms
         self._measured_ms = ts
         total_mw = 0
+        if len(self._index) < len(self._devices):
+            self._index = {device: n for n, device in enumerate(self._devices)}
         for gpu in self.gpus:
             if gpu.lost:
                 row = _LOST
@@ -178,11 +220,33 @@ class Node:
                 row, power_mw = self._measure(gpu, ts, elapsed)
                 total_mw += power_mw
             if self.agent_up:
-                self._ts.append(ts)
-                self._device.append(gpu.index)
-                self._rows.append(row)
+                self._note(ts, (gpu.uuid, 0, 0), row)
+                if gpu.in_mig_mode and not gpu.lost:
+                    for slot in gpu.slots:
+                        self._note(ts, (gpu.uuid, slot.instance, slot.epoch_ms), self._measure_slot(slot, ts))
         self._node_power_mw = total_mw + _NODE_IDLE_MW + total_mw * _NODE_PER_GPU_PERCENT // 100
         self.energy_uj += self._node_power_mw * elapsed
+
+    def _note(self, ts: int, device: _Device, row: tuple[Cell, ...]) -> None:
+        self._ts.append(ts)
+        self._device.append(self._index[device])
+        self._rows.append(row)
+
+    def _measure_slot(self, slot: Slot, ts: int) -> tuple[Cell, ...]:
+        """The row of a MIG instance: what its multiprocessors do, and its memory; the driver knows no utilisation,
+        power or energy of it."""
+        job = slot.job
+        active = job is not None and job.is_active(ts)
+        memory = self.plan.memory_gib * _GIB * slot.slices // (MIG_SLICES + 1)
+        cells: dict[str, Cell] = {
+            "sm_active": job.sm_level if job and active else 0.0,
+            "tensor_active": job.tensor_level if job and active else 0.0,
+            "dram_active": job.dram_level if job and active else 0.0,
+            "memory_used_bytes": int(job.memory_share * memory) if job else 0,
+            "memory_total_bytes": memory,
+            "processes": int(job is not None),
+        }
+        return tuple(cells.get(name) for name in _MEASURED)
 
     def _measure(self, gpu: Gpu, ts: int, elapsed: int) -> tuple[tuple[Cell, ...], int]:
         """The row of a GPU (as `_MEASURED`) and its power; its counter moves on by power x `elapsed`."""
@@ -210,6 +274,8 @@ class Node:
             sm_clock, memory_clock = 345, plan.memory_clock_mhz
         gpu.energy_uj += power_mw * elapsed
         gpu.temperature_c += (29.0 + 38.0 * power_mw / (plan.tdp_w * 1000) - gpu.temperature_c) * 0.2
+        if gpu.in_mig_mode:
+            return self._row_in_mig_mode(gpu, memory, power_mw), power_mw
         row = (
             None,
             utilisation,
@@ -229,6 +295,19 @@ class Node:
             len(gpu.jobs),
         )
         return row, power_mw
+
+    def _row_in_mig_mode(self, gpu: Gpu, memory: int, power_mw: int) -> tuple[Cell, ...]:
+        """Of a whole GPU in MIG mode the driver tells no utilisation."""
+        cells: dict[str, Cell] = {
+            "memory_used_bytes": memory,
+            "memory_total_bytes": self.plan.memory_gib * _GIB,
+            "energy_mj": gpu.energy_uj // 1000,
+            "power_mw": power_mw,
+            "power_limit_mw": self.plan.tdp_w * 1000,
+            "temperature_gpu_c": float(round(gpu.temperature_c)),
+            "processes": len(gpu.jobs),
+        }
+        return tuple(cells.get(name) for name in _MEASURED)
 
     # -- sending ----------------------------------------------------------------------------------------------------
 
@@ -257,7 +336,8 @@ class Node:
             anchor_wall_ms=self._run_start_ms,
             anchor_boottime_ms=self._run_start_ms - self.boot_start_ms,
             devices=[
-                Device(gpu.uuid, 0, ts, energy) for gpu, (ts, energy) in zip(self.gpus, self._previous, strict=True)
+                Device(gpu, instance, *self._previous.get((gpu, instance, epoch_ms), (None, None)), epoch_ms)
+                for gpu, instance, epoch_ms in self._devices
             ],
             running=sorted(self._running()),
             host=HostReading(
@@ -269,10 +349,26 @@ class Node:
             agent_version=AGENT_VERSION,
         )
         self._seq += 1
-        self._previous = [(last_ts, None if gpu.lost else gpu.energy_uj // 1000) for gpu in self.gpus]
+        self._remember()
         message = encode_batch(header, columns)
         self._clear()
         return message
+
+    def _remember(self) -> None:
+        """The last sample of every device that there still is; where its energy is not known the next row's is not."""
+        last: dict[int, tuple[int, int | None]] = {}
+        energy = _MEASURED.index("energy_mj")
+        for ts, device, row in zip(self._ts, self._device, self._rows, strict=True):
+            assert isinstance(ts, int) and isinstance(device, int)
+            mj = row[energy]
+            last[device] = (ts, mj if isinstance(mj, int) else None)
+        known = {self._devices[device]: seen for device, seen in last.items()}
+        self._devices = [device for gpu in self.gpus for device in _devices(gpu)]
+        self._previous = {device: known[device] for device in self._devices if device in known}
+
+
+def _devices(gpu: Gpu) -> list[_Device]:
+    return [(gpu.uuid, 0, 0), *((gpu.uuid, slot.instance, slot.epoch_ms) for slot in gpu.slots)]
 
 
 def build_fleet(scenario: Scenario, start_ms: int, born_ms: int) -> dict[str, list[Node]]:

@@ -6,10 +6,10 @@ import math
 import random
 from dataclasses import dataclass, field
 
-from gpuledger.agents.simulator.scenario import UNITS_PER_GPU, Duty, JobMix, JobSize, TenantPlan
+from gpuledger.agents.simulator.scenario import MIG_SLICES, UNITS_PER_GPU, Duty, JobMix, JobSize, TenantPlan
 from gpuledger.schemas.events import Allocation, Job
 
-__all__ = ["JobAsk", "RunningJob", "draw_job"]
+__all__ = ["JobAsk", "RunningJob", "Slot", "draw_job"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,18 @@ def draw_job(mix: JobMix, sizes: list[JobSize], now_ms: int, rng: random.Random)
 
 
 @dataclass(slots=True, eq=False)
+class Slot:
+    """A MIG instance: its number, when it was made, its slices, and the job that has it."""
+
+    instance: int
+    epoch_ms: int
+    slices: int
+    job: RunningJob | None = None
+
+
+@dataclass(slots=True, eq=False)
 class RunningJob:
-    """A job on its GPUs: (node, boot, GPU) of each, `units_each` of every one of them."""
+    """A job on its GPUs: (node, boot, GPU) of each, `units_each` of every one of them; or on one MIG instance."""
 
     id: str
     tenant: TenantPlan
@@ -46,6 +56,7 @@ class RunningJob:
     units_each: int
     start_ms: int
     places: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
+    slot: Slot | None = None
     sm_level: float = 0.0
     tensor_level: float = 0.0
     dram_level: float = 0.0
@@ -78,7 +89,8 @@ class RunningJob:
         claimed_ms = self.start_ms if end_ms is None else end_ms
         # An end in the very millisecond of the start must still be the newer claim.
         revision = claimed_ms if end_ms is None else end_ms + 1
-        whole = self.units_each == UNITS_PER_GPU
+        slot = self.slot
+        weight = (slot.slices, MIG_SLICES) if slot else (1, UNITS_PER_GPU // self.units_each)
         return [
             Allocation(
                 id=self.allocation_id(gpu),
@@ -87,11 +99,14 @@ class RunningJob:
                 node=node,
                 boot_id=boot_id,
                 gpu=gpu,
+                instance=slot.instance if slot else 0,
+                epoch_ms=slot.epoch_ms if slot else 0,
                 job_id=self.id,
                 source="slurm",
                 account=self.account,
                 user=self.user,
-                weight_den=1 if whole else UNITS_PER_GPU // self.units_each,
+                weight_num=weight[0],
+                weight_den=weight[1],
                 start_ms=self.start_ms,
                 end_ms=end_ms,
             )

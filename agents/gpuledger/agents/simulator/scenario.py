@@ -29,6 +29,7 @@ __all__ = [
     "JobSize",
     "PoolPlan",
     "RateCardPlan",
+    "Reconfiguration",
     "Scenario",
     "SitePlan",
     "TariffPlan",
@@ -48,6 +49,11 @@ Currency = Annotated[str, Meta(pattern="^[A-Z]{3}$")]
 
 #: The whole of a GPU for shared jobs: every weight 1/2 ... 1/8 is a whole number of it.
 UNITS_PER_GPU = 840
+#: Slices of a GPU in MIG mode.
+MIG_SLICES = 7
+UNITS_PER_SLICE = UNITS_PER_GPU // MIG_SLICES
+
+Slices = Annotated[list[Annotated[int, Meta(ge=1, le=MIG_SLICES)]], Meta(max_length=MIG_SLICES)]
 
 
 class _Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,7 +67,11 @@ class SitePlan(_Plan, frozen=True, kw_only=True):
 
 
 class PoolPlan(_Plan, frozen=True, kw_only=True):
-    """`nodes` nodes of `gpus_per_node` GPUs, named ``<pool>-0001`` and on."""
+    """`nodes` nodes of `gpus_per_node` GPUs, named ``<pool>-0001`` and on.
+
+    `mig`: the slices of each MIG instance into which every GPU is cut; none: whole GPUs. Only jobs smaller than a GPU
+    run on instances, one each.
+    """
 
     name: Id
     site: Id
@@ -73,6 +83,7 @@ class PoolPlan(_Plan, frozen=True, kw_only=True):
     idle_w: Annotated[int, Meta(ge=0, le=5000)] = 70
     sm_clock_mhz: Annotated[int, Meta(ge=1, le=10_000)] = 1980
     memory_clock_mhz: Annotated[int, Meta(ge=1, le=20_000)] = 2619
+    mig: Slices = []
 
     @property
     def gpus(self) -> int:
@@ -191,6 +202,16 @@ class Failure(_Plan, frozen=True, kw_only=True):
     for_s: Annotated[int, Meta(ge=1, le=31_536_000)]
 
 
+class Reconfiguration(_Plan, frozen=True, kw_only=True):
+    """A GPU of a pool with `mig` is cut anew at `at_s`, into instances of these `slices`; its jobs end."""
+
+    pool: Id
+    node: Count
+    gpu: Annotated[int, Meta(ge=0, le=63)] = 0
+    at_s: Seconds
+    slices: Slices
+
+
 class Delivery(_Plan, frozen=True, kw_only=True):
     """Shares of batches, in thousandths, that come late (by `late_by_s`) and that come twice."""
 
@@ -244,6 +265,7 @@ class Scenario(_Plan, frozen=True, kw_only=True):
     commitments: list[CommitmentPlan] = []
     transfers: list[TransferPlan] = []
     failures: list[Failure] = []
+    reconfigurations: list[Reconfiguration] = []
     delivery: Delivery = Delivery()
     tariffs: list[TariffPlan] = []
     asset_costs: list[AssetCostPlan] = []
@@ -285,6 +307,8 @@ def _reference_problems(scenario: Scenario) -> Iterator[tuple[str, str | None]]:
         yield f"transfers[{n}].to_tenant", _known(move.to_tenant, tenants, "tenant")
     for n, failure in enumerate(scenario.failures):
         yield f"failures[{n}].pool", _known(failure.pool, pools, "pool")
+    for n, change in enumerate(scenario.reconfigurations):
+        yield f"reconfigurations[{n}].pool", _known(change.pool, pools, "pool")
     for n, cost in enumerate(scenario.asset_costs):
         yield f"asset_costs[{n}].pool", _known(cost.pool, pools, "pool")
         if cost.tariff:
@@ -311,14 +335,12 @@ def _value_problems(scenario: Scenario) -> Iterator[tuple[str, str | None]]:
     for n, pool in enumerate(scenario.pools):
         low = pool.idle_w > pool.tdp_w
         yield f"pools[{n}].idle_w", f"{pool.idle_w} is more than tdp_w {pool.tdp_w}" if low else None
+        yield f"pools[{n}].mig", _too_many_slices(pool.mig)
     for n, tenant in enumerate(scenario.tenants):
         yield from _tenant_problems(f"tenants[{n}]", tenant)
-    for n, failure in enumerate(scenario.failures):
-        pool = next((pool for pool in scenario.pools if pool.name == failure.pool), None)
-        if pool is not None and failure.node > pool.nodes:
-            yield f"failures[{n}].node", f"pool {pool.name} has {pool.nodes} nodes, got {failure.node}"
-        if pool is not None and failure.gpu >= pool.gpus_per_node:
-            yield f"failures[{n}].gpu", f"expected 0 to {pool.gpus_per_node - 1}, got {failure.gpu}"
+    for field, places in (("failures", scenario.failures), ("reconfigurations", scenario.reconfigurations)):
+        for n, place in enumerate(places):
+            yield from _place_problems(f"{field}[{n}]", place, scenario)
     for n, move in enumerate(scenario.transfers):
         if move.from_tenant == move.to_tenant:
             yield f"transfers[{n}].to_tenant", f"is from_tenant ({move.to_tenant}); a transfer needs two tenants"
@@ -328,6 +350,25 @@ def _value_problems(scenario: Scenario) -> Iterator[tuple[str, str | None]]:
                 f"transfers[{n}].gpus",
                 f"{move.from_tenant} has {held} GPUs of {move.pool} at {move.at_s} s, got {move.gpus}",
             )
+
+
+def _too_many_slices(slices: list[int]) -> str | None:
+    return f"{sum(slices)} slices are more than the {MIG_SLICES} of a GPU" if sum(slices) > MIG_SLICES else None
+
+
+def _place_problems(
+    path: str, place: Failure | Reconfiguration, scenario: Scenario
+) -> Iterator[tuple[str, str | None]]:
+    pool = next((pool for pool in scenario.pools if pool.name == place.pool), None)
+    if pool is None:
+        return
+    if place.node > pool.nodes:
+        yield f"{path}.node", f"pool {pool.name} has {pool.nodes} nodes, got {place.node}"
+    if place.gpu >= pool.gpus_per_node:
+        yield f"{path}.gpu", f"expected 0 to {pool.gpus_per_node - 1}, got {place.gpu}"
+    if isinstance(place, Reconfiguration):
+        yield f"{path}.slices", _too_many_slices(place.slices)
+        yield f"{path}.pool", None if pool.mig else f"pool {pool.name} has no mig: its GPUs are not in MIG mode"
 
 
 def _committed(scenario: Scenario, move: TransferPlan) -> int:

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 
 from gpuledger.agents.simulator.facts import entitlements
 from gpuledger.agents.simulator.fleet import Gpu, Node
-from gpuledger.agents.simulator.jobs import JobAsk, RunningJob, draw_job
-from gpuledger.agents.simulator.scenario import UNITS_PER_GPU, Demand, Scenario, TenantPlan
+from gpuledger.agents.simulator.jobs import JobAsk, RunningJob, Slot, draw_job
+from gpuledger.agents.simulator.scenario import UNITS_PER_GPU, UNITS_PER_SLICE, Demand, Scenario, TenantPlan
 from gpuledger.schemas.events import Event
 
 __all__ = ["Scheduler"]
 
-Place = tuple[Node, Gpu]
+#: A GPU, or an instance of it.
+Place = tuple[Node, Gpu, Slot | None]
 
 
 @dataclass(slots=True)
@@ -73,6 +74,9 @@ class Scheduler:
 
     def _release(self, node: Node, gpu: Gpu, job: RunningJob) -> None:
         gpu.jobs = [(held, units) for held, units in gpu.jobs if held is not job]
+        if job.slot is not None:
+            job.slot.job = None
+            return
         gpu.free_units += job.units_each
         if gpu.free_units == UNITS_PER_GPU:
             gpu.slot_units = 0
@@ -92,13 +96,13 @@ class Scheduler:
         """The GPU falls off the bus: its jobs end and none starts on it."""
         events = self.fail([gpu], now_ms)
         gpu.lost = True
-        node.free_gpus -= 1
+        node.free_gpus -= not gpu.in_mig_mode
         return events
 
     def regain(self, node: Node, gpu: Gpu) -> None:
         """The GPU is back, empty."""
         gpu.lost = False
-        node.free_gpus += 1
+        node.free_gpus += not gpu.in_mig_mode
 
     # -- a tick -----------------------------------------------------------------------------------------------------
 
@@ -185,6 +189,7 @@ class Scheduler:
 
     def _start(self, client: _Client, ask: JobAsk, places: list[Place], now_ms: int) -> list[Event]:
         self._number += 1
+        slot = places[0][2]
         account = client.tenant.accounts[self._number % len(client.tenant.accounts)]
         job = RunningJob(
             id=f"{self._base}-{self._number}",
@@ -193,18 +198,23 @@ class Scheduler:
             account=account,
             user=f"{client.tenant.id}-u{1 + self._random.randrange(6)}",
             ask=ask,
-            units_each=min(ask.units, UNITS_PER_GPU),
+            units_each=min(ask.units, UNITS_PER_GPU) if slot is None else slot.slices * UNITS_PER_SLICE,
             start_ms=now_ms,
-            places=[(node.name, node.boot_id, gpu.uuid) for node, gpu in places],
+            places=[(node.name, node.boot_id, gpu.uuid) for node, gpu, _ in places],
+            slot=slot,
         )
-        for node, gpu in places:
+        for node, gpu, _ in places:
+            if slot is not None:
+                slot.job = job
+                gpu.jobs.append((job, job.units_each))
+                continue
             if gpu.free_units == UNITS_PER_GPU:
                 node.free_gpus -= 1
                 gpu.slot_units = job.units_each
             gpu.free_units -= job.units_each
             gpu.jobs.append((job, job.units_each))
         client.running[job.id] = job
-        client.held_units += ask.units
+        client.held_units += job.units_each * len(places)
         heapq.heappush(self._ends, (job.ends_ms, self._number, client, job))
         return [job.event(), *job.allocations()]
 
@@ -220,30 +230,34 @@ class Scheduler:
         for node in nodes:
             size = len(node.gpus)
             if gpus >= size and node.free_gpus == size:
-                places += [(node, gpu) for gpu in node.gpus]
+                places += [(node, gpu, None) for gpu in node.gpus]
                 gpus -= size
             if gpus < size:
                 break
         if gpus == 0:
             return places
-        taken = {node.name for node, _ in places}
+        taken = {node.name for node, _, _ in places}
         for node in nodes:
             if gpus <= node.free_gpus and node.name not in taken:
                 free = [gpu for gpu in node.gpus if gpu.free_units == UNITS_PER_GPU and not gpu.lost]
-                return places + [(node, gpu) for gpu in free[:gpus]]
+                return places + [(node, gpu, None) for gpu in free[:gpus]]
         return None
 
     def _place_part(self, nodes: list[Node], units: int) -> list[Place] | None:
-        """A slot on a GPU already shared in such parts, else on the first free GPU."""
+        """The first MIG instance that is large enough; a part of a GPU already shared in such parts, else of the first
+        free one."""
         free: Place | None = None
         for node in nodes:
             for gpu in node.gpus:
                 if gpu.lost:
                     continue
+                for slot in gpu.slots:
+                    if slot.job is None and slot.slices * UNITS_PER_SLICE >= units:
+                        return [(node, gpu, slot)]
                 if gpu.slot_units == units and gpu.free_units >= units:
-                    return [(node, gpu)]
+                    return [(node, gpu, None)]
                 if free is None and gpu.free_units == UNITS_PER_GPU:
-                    free = (node, gpu)
+                    free = (node, gpu, None)
         return None if free is None else [free]
 
 

@@ -71,6 +71,10 @@ class World:
         self._inherited: list[Allocation] = []
         if state is not None:
             self._restore(state)
+            for change in scenario.reconfigurations:
+                if self.born_ms + change.at_s * 1000 <= state.last_ms:
+                    node = self.fleet[change.pool][change.node - 1]
+                    node.recut(node.gpus[change.gpu], change.slices, self.born_ms + change.at_s * 1000)
 
     def _restore(self, state: WorldState) -> None:
         for node in self.nodes:
@@ -108,7 +112,7 @@ class World:
     def tick(self) -> list[Message]:
         """The messages of the next period: facts and events at its beginning, then the batches that are flushed."""
         now = self.now_ms
-        events: list[Event] = [*self._facts(now), *self._inherited, *self._failures(now)]
+        events: list[Event] = [*self._facts(now), *self._inherited, *self._failures(now), *self._reconfigurations(now)]
         self._inherited = []
         events += self.scheduler.advance(now, self.born_ms)
         messages = [event_message(event) for event in events]
@@ -180,6 +184,18 @@ class World:
                 events += self._break(failure, node, now)
             elif offset - self.scenario.period_ms < ends <= offset:
                 events += self._repair(failure, node, now)
+        return events
+
+    def _reconfigurations(self, now: int) -> list[Event]:
+        events: list[Event] = []
+        for change in self.scenario.reconfigurations:
+            at = self.born_ms + change.at_s * 1000
+            if now - self.scenario.period_ms < at <= now:
+                node = self.fleet[change.pool][change.node - 1]
+                gpu = node.gpus[change.gpu]
+                events += self.scheduler.fail([gpu], now)
+                node.recut(gpu, change.slices, now)
+                events.append(node.inventory(now, self._hash))
         return events
 
     def _break(self, failure: Failure, node: Node, now: int) -> list[Event]:
