@@ -6,8 +6,9 @@ A message that does not follow the contract is returned with its reason; the oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,14 +16,21 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gpuledger.schemas.exceptions import MessageError
-from gpuledger.schemas.telemetry import COLUMNS, HEADER_KEY, MAX_CLOCK_AHEAD_MS, BatchHeader, HostReading, decode_header
+from gpuledger.schemas.telemetry import COLUMNS, HEADER_KEY, MAX_CLOCK_AHEAD_MS, BatchHeader, decode_header
+from gpuledger.streams.batch_checks import MAX_HEADER_BYTES, MAX_ROWS, check_header, check_rows, suspects
 
 __all__ = ["TelemetryBlock", "TelemetryMessage", "decode_block", "telemetry_schema"]
 
 _MAX_SCHEMA_BYTES = 1 << 16
-_MAX_ENERGY_MJ = 1 << 53
-_FROM_2000_MS, _TO_2200_MS = 946_684_800_000, 7_258_118_400_000
-_HOST_COUNTERS = tuple(name for name in HostReading.__struct_fields__ if name.endswith(("_bytes", "_mw", "_mj")))
+_MOST_SCHEMAS = 64
+_CONTINUATION = b"\xff\xff\xff\xff"
+#: What may follow the record batch: nothing, or the end of the stream as one of two versions writes it.
+_ENDS = (b"", _CONTINUATION + bytes(4), bytes(4))
+_U16, _U32, _I32 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<i")
+#: Slots of a flatbuffer's vtable: `header` of Message (field 2), `compression` of RecordBatch (field 3).
+_HEADER_SLOT, _COMPRESSION_SLOT = 8, 10
+#: What pyarrow raises for bytes that are no batch of that schema.
+_UNREADABLE = (pa.ArrowException, OSError, EOFError, ValueError, OverflowError, MemoryError, struct.error)
 
 
 class TelemetryMessage(Protocol):
@@ -31,7 +39,7 @@ class TelemetryMessage(Protocol):
     @property
     def value(self) -> bytes | None: ...
     @property
-    def headers(self) -> Sequence[tuple[str, bytes]]: ...
+    def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
     @property
     def timestamp_ms(self) -> int: ...
 
@@ -60,12 +68,13 @@ def telemetry_schema() -> pa.Schema:
 
 
 _EXPECTED = telemetry_schema()
-_known_schemas: dict[bytes, pa.Schema] = {}
+#: Schema bytes → the schema, and whether it is the contract's, column by column.
+_known_schemas: dict[bytes, tuple[pa.Schema, bool]] = {}
 
 
 def _schema_length(value: bytes) -> int:
     """Bytes of the first encapsulated IPC message: continuation marker, int32 length, metadata."""
-    if len(value) < 8 or value[:4] != b"\xff\xff\xff\xff":
+    if len(value) < 8 or value[:4] != _CONTINUATION:
         raise MessageError("value: not an Arrow IPC stream (no continuation marker at its start)")
     length = int.from_bytes(value[4:8], "little", signed=True)
     if not 0 < length <= min(_MAX_SCHEMA_BYTES, len(value) - 8):
@@ -73,22 +82,43 @@ def _schema_length(value: bytes) -> int:
     return 8 + length
 
 
-def _schema(prefix: bytes) -> pa.Schema:
+def _schema(prefix: bytes) -> tuple[pa.Schema, bool]:
     found = _known_schemas.get(prefix)
     if found is not None:
         return found
     schema = pa.ipc.read_schema(pa.py_buffer(prefix))
     for column in _EXPECTED:
-        n = schema.get_field_index(column.name)
-        if n < 0:
-            if not column.nullable:
-                raise MessageError(f"value: column {column.name} is missing")
-            continue
-        if schema.field(n).type != column.type:
-            raise MessageError(f"value: column {column.name}: expected {column.type}, got {schema.field(n).type}")
-    if len(_known_schemas) < 64:
-        _known_schemas[prefix] = schema
-    return schema
+        places = schema.get_all_field_indices(column.name)
+        if not places and not column.nullable:
+            raise MessageError(f"value: column {column.name} is missing")
+        if len(places) > 1:
+            raise MessageError(f"value: column {column.name} is there {len(places)} times")
+        if places and schema.field(places[0]).type != column.type:
+            raise MessageError(
+                f"value: column {column.name}: expected {column.type}, got {schema.field(places[0]).type}"
+            )
+    if len(_known_schemas) >= _MOST_SCHEMAS:  # the oldest goes: a flood of strange ones must not keep a new one out
+        del _known_schemas[next(iter(_known_schemas))]
+    _known_schemas[prefix] = schema, schema.equals(_EXPECTED)
+    return _known_schemas[prefix]
+
+
+def _is_compressed(value: bytes, at: int) -> bool:
+    """Whether the record batch whose encapsulated message begins at `at` has compressed buffers.
+
+    Read from the flatbuffer by hand: unpacking is what must not happen. Raises struct.error where there is none.
+    """
+    root = at + 8 + _U32.unpack_from(value, at + 8)[0]
+    table = root - _I32.unpack_from(value, root)[0]
+    if _U16.unpack_from(value, table)[0] <= _HEADER_SLOT:
+        return False
+    field = root + _U16.unpack_from(value, table + _HEADER_SLOT)[0]
+    batch = field + _U32.unpack_from(value, field)[0]
+    table = batch - _I32.unpack_from(value, batch)[0]
+    return (
+        _U16.unpack_from(value, table)[0] > _COMPRESSION_SLOT
+        and _U16.unpack_from(value, table + _COMPRESSION_SLOT)[0] != 0
+    )
 
 
 def _decode_rows(value: bytes | None) -> pa.RecordBatch:
@@ -96,12 +126,21 @@ def _decode_rows(value: bytes | None) -> pa.RecordBatch:
         raise MessageError("value: is empty; expected an Arrow IPC stream with one record batch")
     cut = _schema_length(value)
     try:
-        schema = _schema(value[:cut])
-        batch = pa.ipc.read_record_batch(pa.py_buffer(value)[cut:], schema)
+        schema, as_expected = _schema(value[:cut])
+        if _is_compressed(value, cut):
+            raise MessageError("value: its Arrow buffers are compressed; leave compression to Kafka")
+        reader = pa.BufferReader(value)
+        reader.seek(cut)
+        batch = pa.ipc.read_record_batch(pa.ipc.read_message(reader), schema)
+        rest = value[reader.tell() :]
+        if batch.num_rows > MAX_ROWS:
+            raise MessageError(f"value: {batch.num_rows} rows; a batch has at most {MAX_ROWS}")
         batch.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise MessageError(f"value: {error}") from error
-    if batch.schema.names == _EXPECTED.names:
+    except _UNREADABLE as error:
+        raise MessageError(f"value: {error or type(error).__name__}") from error
+    if rest not in _ENDS:
+        raise MessageError(f"value: {len(rest)} bytes after its record batch; a message holds one batch")
+    if as_expected:
         return batch
     rows = batch.num_rows
     arrays = [
@@ -109,71 +148,6 @@ def _decode_rows(value: bytes | None) -> pa.RecordBatch:
         for field in _EXPECTED
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=_EXPECTED)
-
-
-def _bounded(header: BatchHeader) -> Iterator[tuple[str, int | None, int, int]]:
-    """(field, value, least, bound) of the numbers that the tables hold in fewer bits than JSON has."""
-    yield "boot_start_ms", header.boot_start_ms, _FROM_2000_MS, _TO_2200_MS
-    yield "run_start_ms", header.run_start_ms, _FROM_2000_MS, _TO_2200_MS
-    yield "period_ms", header.period_ms, 1, 1 << 31
-    yield "seq", header.seq, 0, 1 << 32
-    for gap in header.gaps:
-        for name in ("first_seq", "last_seq", "batches"):
-            yield f"gaps.{name}", getattr(gap, name), 0, 1 << 32
-        for name in ("from_ms", "to_ms"):
-            yield f"gaps.{name}", getattr(gap, name), _FROM_2000_MS, _TO_2200_MS
-    if header.host is not None:
-        yield "host.ts_ms", header.host.ts_ms, _FROM_2000_MS, _TO_2200_MS
-        yield "host.cpu_count", header.host.cpu_count, 0, 1 << 31
-        for name in _HOST_COUNTERS:
-            yield f"host.{name}", getattr(header.host, name), -(1 << 63), 1 << 63
-    for device in header.devices:
-        yield "devices.instance", device.instance, 0, 1 << 16
-        yield "devices.previous_ts_ms", device.previous_ts_ms, _FROM_2000_MS, _TO_2200_MS
-        yield "devices.previous_energy_mj", device.previous_energy_mj, 0, _MAX_ENERGY_MJ + 1
-        yield "devices.epoch_ms", device.epoch_ms, 0, _TO_2200_MS
-
-
-def _check_header(header: BatchHeader) -> None:
-    """Raises MessageError where a number does not fit. Refused by an insert instead, it would leave the fragments of
-    a batch behind that is dead-lettered."""
-    for field, value, least, bound in _bounded(header):
-        if value is not None and not least <= value < bound:
-            raise MessageError(f"header {HEADER_KEY}: {field}: expected {least} to {bound - 1}, got {value}")
-    # Two rows of one key would replace each other in the table.
-    names = {(device.gpu, device.instance, device.epoch_ms) for device in header.devices}
-    if len(names) < len(header.devices):
-        raise MessageError(f"header {HEADER_KEY}: devices: a device (gpu, instance, epoch_ms) is there twice")
-
-
-def _check(header: BatchHeader, batch: pa.RecordBatch, appended_ms: int, ahead_ms: int) -> None:
-    """Raises MessageError where rows and header contradict each other."""
-    if batch.num_rows == 0:
-        return
-    ts, device = batch.column("ts_ms"), batch.column("device")
-    if ts.null_count or device.null_count:
-        raise MessageError("value: ts_ms and device may not be NULL")
-    times, devices = ts.to_numpy(), device.to_numpy()
-    if devices.min() < 0 or devices.max() >= len(header.devices):
-        raise MessageError(f"device: {devices.max()} is not an index into the header's {len(header.devices)} devices")
-    newest, oldest = int(times.max()), int(times.min())
-    if newest > appended_ms + ahead_ms:
-        raise MessageError(
-            f"quarantine: ts_ms {newest} is {newest - appended_ms} ms after the broker's time {appended_ms}; "
-            f"set the clock of node {header.node}"
-        )
-    if oldest < _FROM_2000_MS:
-        raise MessageError(f"ts_ms: {oldest} is before the year 2000; set the clock of node {header.node}")
-    order = np.lexsort((times, devices))
-    same = np.diff(devices[order]) == 0
-    if np.any(np.diff(times[order])[same] <= 0):
-        raise MessageError("ts_ms: two samples of one device have the same time")
-    previous = np.array([d.previous_ts_ms if d.previous_ts_ms is not None else -1 for d in header.devices])
-    if np.any(times <= previous[devices]):
-        raise MessageError("ts_ms: a sample is not after the device's previous_ts_ms in the header")
-    energy = batch.column("energy_mj").fill_null(0).to_numpy()
-    if energy.min() < 0 or energy.max() > _MAX_ENERGY_MJ:
-        raise MessageError(f"energy_mj: expected 0..2^53, got {energy.min()}..{energy.max()}")
 
 
 def decode_block(records: Sequence[TelemetryMessage], ahead_ms: int = MAX_CLOCK_AHEAD_MS) -> TelemetryBlock:
@@ -190,23 +164,45 @@ def decode_block(records: Sequence[TelemetryMessage], ahead_ms: int = MAX_CLOCK_
             raw = next((value for key, value in record.headers if key == HEADER_KEY), None)
             if raw is None:
                 raise MessageError(f"header {HEADER_KEY}: is missing; only agents write to this topic")
+            if len(raw) > MAX_HEADER_BYTES:
+                raise MessageError(f"header {HEADER_KEY}: {len(raw)} bytes; expected at most {MAX_HEADER_BYTES}")
             header = decode_header(raw)
-            _check_header(header)
+            check_header(header, raw, record.timestamp_ms, ahead_ms)
             batch = _decode_rows(record.value)
-            _check(header, batch, record.timestamp_ms, ahead_ms)
         except MessageError as error:
             rejected.append((n, str(error)))
             continue
         headers.append(header)
         batches.append(batch)
         source.append(n)
-    kept = np.array(source, dtype=np.int64)
+    block = _assembled(headers, batches, source, records)
+    wrong: set[int] = set()
+    rows = np.array([batch.num_rows for batch in batches], dtype=np.int64)
+    for n in suspects(headers, rows, block.appended_ms, block.columns, ahead_ms):
+        try:
+            check_rows(headers[n], pa.Table.from_batches([batches[n]]), records[source[n]].timestamp_ms, ahead_ms)
+        except MessageError as error:
+            rejected.append((source[n], str(error)))
+            wrong.add(n)
+    if wrong:
+        kept = [n for n in range(len(headers)) if n not in wrong]
+        block = _assembled([headers[n] for n in kept], [batches[n] for n in kept], [source[n] for n in kept], records)
+    return replace(block, rejected=sorted(rejected))
+
+
+def _assembled(
+    headers: list[BatchHeader],
+    batches: Sequence[pa.RecordBatch],
+    source: Sequence[int],
+    records: Sequence[TelemetryMessage],
+) -> TelemetryBlock:
     rows = np.array([batch.num_rows for batch in batches], dtype=np.int64)
     return TelemetryBlock(
         headers=headers,
         appended_ms=np.array([records[n].timestamp_ms for n in source], dtype=np.int64),
-        source=kept,
+        source=np.array(source, dtype=np.int64),
         message=np.repeat(np.arange(len(headers)), rows),
-        columns=pa.Table.from_batches(batches, schema=_EXPECTED),
-        rejected=rejected,
+        # One chunk: whatever reads a column would pay for each of thousands.
+        columns=pa.Table.from_batches(batches, schema=_EXPECTED).combine_chunks(),
+        rejected=[],
     )
