@@ -1,97 +1,183 @@
-"""The worker as `gpuledger worker run` runs it, but it kills itself (SIGKILL) at a chosen point.
+"""The worker as `gpuledger worker run` runs it, but it kills or stops itself at a chosen point.
 
-Started as ``python -m tests.e2e.killable_worker DATADIR [AGENT POINT PASSAGE]``; configured by its environment. A
-passage of 0 kills at the first one after the file DATADIR.armed is there.
-Points are those of the agents' barriers ("stored", "marked", "before_read", "written") and two inside a slice of the
-ledger: "read" (computed, nothing written) and "torn" (some of its tables written). Only passages that have data behind
-them count: a block of ticks, or a slice of a minute without fragments, would prove nothing.
+Started as ``python -m tests.e2e.killable_worker DATADIR [--orders FILE] …``; configured by its environment. A file of
+orders may appear at any time: the first process that comes to its point takes it (by renaming it) and obeys. Points
+are the agents' barriers and three inside a slice of the ledger: "before_read", "read" (computed, nothing written) and
+"torn" (some of its tables written). Only passages that have data behind them count: a block of ticks, or a slice of
+minutes without fragments, would prove nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import os
 import signal
-import sys
-from collections import Counter
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from gpuledger.finance.rates import Rates
 from gpuledger.schemas.config import load_config
-from gpuledger.streams import app
-from gpuledger.streams.intake import Barrier
-from gpuledger.streams.ledger_rows import Fingerprints
+from gpuledger.streams import app, intake, recomputer
+from gpuledger.streams.blocks import Record
+from gpuledger.streams.dirty import Pace
+from gpuledger.streams.intake import Barrier, Stored
+from gpuledger.streams.ledger_rows import Fingerprints, Version
 from gpuledger.streams.recompute import Ledger
 from gpuledger.streams.recomputer import Recomputer
+from gpuledger.streams.sinks import FactsSink, Followup, TelemetrySink
 from gpuledger.streams.store import Store
 from gpuledger.streams.worker import run_worker
+from tests.e2e.orders import Orders
 
-# A killed member holds up its group for this long; the broker allows no less.
-_SESSION_TIMEOUT_S = 6
+log = logging.getLogger("tests.killable_worker")
+
+# Their private parts are reached by the mistakes below.
+_intake: Any = intake
+_recomputer: Any = recomputer
+
+# A killed member holds up its group for this long; a broker allows no less unless it is told to.
+SESSION_TIMEOUT_S = 6
 
 
-class _Fuse:
-    """Counts passages of the chosen point and kills the process at the wanted one."""
+class Fuse:
+    """Knows what each agent has in hand, and obeys the order that fits."""
 
-    def __init__(self, agent: str, point: str, passage: int, armed: Path) -> None:
-        self.agent, self.point, self.passage, self.armed = agent, point, passage, armed
-        self._passed = 0
-        self._stored: Counter[str] = Counter()
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+        #: Agent -> pools that its block in hand marks.
+        self._marked: dict[str, set[str]] = {}
+        #: The slice in hand that has fragments: pool, from, to.
+        self._slice: tuple[str, int, int] | None = None
+        #: What was written and not acknowledged yet.
+        self._written: list[tuple[str, int, int]] = []
 
     def barrier(self, agent: str) -> Barrier:
         async def wait(name: str) -> None:
-            if (agent, name) == (self.agent, self.point) and self._has_data(agent):
-                self.burn()
+            if agent == "dirty":
+                self._dirty(name)
+                return
+            pools = self._marked.get(agent)
+            if pools:
+                self.come(agent, name, pools)
+            if name == "acknowledged":
+                self._marked.pop(agent, None)
 
         return wait
 
-    def _has_data(self, agent: str) -> bool:
-        table = {"telemetry": "fragments", "dirty": "ledger_gpu_minute"}.get(agent, "facts")
-        return self.point == "before_read" or self._stored.pop(table, 0) > 0
+    def _dirty(self, name: str) -> None:
+        if name == "written" and self._slice is not None:
+            self._written.append(self._slice)
+            self.slice("written", *self._slice)
+            self._slice = None
+        elif name == "acknowledged":
+            for written in self._written:
+                self.slice("acknowledged", *written)
+            self._written.clear()
 
-    def burn(self) -> None:
-        self._passed += 1
-        if self._passed == self.passage or (self.passage == 0 and self.armed.exists()):
-            logging.warning("kills itself: %s %s, passage %d", self.agent, self.point, self._passed)
-            os.kill(os.getpid(), signal.SIGKILL)
+    def slice(self, point: str, pool: str, from_ms: int, to_ms: int) -> None:
+        """A point of the dirty agent, for these minutes of this pool."""
+        self.come("dirty", point, {pool}, from_ms, to_ms)
+
+    def come(self, agent: str, point: str, pools: set[str], from_ms: int = 0, to_ms: int = 1 << 62) -> None:
+        """The process is at this point with data of these pools and minutes in hand."""
+        order = self._orders.look()
+        if order is None or (order.agent, order.point) != (agent, point):
+            return
+        if (order.pool and order.pool not in pools) or not from_ms <= (order.minute_ms or from_ms) < to_ms:
+            return
+        if self._orders.take():
+            log.warning("obeys: %s", order)
+            os.kill(os.getpid(), signal.SIGKILL if order.action == "kill" else signal.SIGSTOP)
+            log.warning("goes on: %s", order)
 
     def lay(self) -> None:
-        """Into the two places that no barrier reaches, and into the store, to know what a passage has behind it."""
+        """Into the places that no barrier reaches, and into the sinks, to know what a passage has behind it."""
         insert = Store.insert
         compute = Recomputer.compute
-
         fuse = self
 
         def noted_insert(self: Store, table: str, rows: pa.Table) -> None:
-            if (fuse.agent, fuse.point) == ("dirty", "torn") and table == "ledger_gpu_hour" and rows.num_rows > 2:
-                fuse.burn()
+            if table == "ledger_gpu_hour" and fuse._slice is not None:
+                fuse.slice("torn", *fuse._slice)
             insert(self, table, rows)
-            fuse.note(table, rows.num_rows)
 
         def noted_compute(self: Recomputer, pool: str, from_ms: int, to_ms: int) -> tuple[Ledger, Fingerprints, Rates]:
+            hours = to_ms % 3_600_000 == 0
+            if hours:  # of a slice of the open hour, which has no whole end, nobody here wants to know
+                fuse.slice("before_read", pool, from_ms, to_ms)
             found = compute(self, pool, from_ms, to_ms)
-            if (fuse.agent, fuse.point) == ("dirty", "read") and found[1].fragments.sum() > 0:
-                fuse.burn()
+            fuse._slice = (pool, from_ms, to_ms) if hours and found[1].fragments.sum() > 0 else None
+            if fuse._slice is not None:
+                fuse.slice("read", pool, from_ms, to_ms)
             return found
 
         Store.insert = noted_insert
         Recomputer.compute = noted_compute
+        for sink in (TelemetrySink, FactsSink):
+            sink.store = self._noting(sink.store)
 
-    def note(self, table: str, rows: int) -> None:
-        self._stored[table] += rows
+    def _noting(self, store: Any) -> Any:
+        fuse = self
+
+        def noted_store(self: Any, records: Sequence[Record]) -> Stored[Followup]:
+            stored: Stored[Followup] = store(self, records)
+            pools = set(stored.marks.marks.merged())
+            fuse._marked.setdefault(self._topic, set()).update(pools)
+            return stored
+
+        return noted_store
 
 
-def main(datadir: str, agent: str = "", point: str = "", passage: str = "0") -> None:
-    """Runs until SIGTERM or until the fuse burns."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs until SIGTERM or until an order says otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("datadir", type=Path)
+    parser.add_argument("--orders", type=Path, help="default: DATADIR.orders")
+    parser.add_argument("--session-timeout", type=int, default=SESSION_TIMEOUT_S, metavar="SECONDS")
+    parser.add_argument("--settle", type=int, metavar="MS", help="older minutes wait for company for so long")
+    parser.add_argument("--wrong", choices=sorted(_WRONG), help="a mistake, to show that it is noticed")
+    given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    app.faust_settings = functools.partial(app.faust_settings, session_timeout_s=_SESSION_TIMEOUT_S)
-    fuse = _Fuse(agent, point, int(passage), Path(f"{datadir}.armed"))
+    app.faust_settings = functools.partial(app.faust_settings, session_timeout_s=given.session_timeout)
+    if given.settle is not None:
+        app.Pace = functools.partial(Pace, settle_ms=given.settle, patience_ms=4 * given.settle)
+    fuse = Fuse(Orders(given.orders or Path(f"{given.datadir}.orders")))
     fuse.lay()
-    run_worker(load_config(None, os.environ), Path(datadir), fuse.barrier)
+    if given.wrong:
+        _WRONG[given.wrong]()
+    run_worker(load_config(None, os.environ), given.datadir, fuse.barrier)
 
+
+def _commit_first() -> None:
+    """Offsets are committed before the block is stored: the order that the design forbids."""
+    take_through = _intake._Intake._take_through
+
+    async def wrong(self: Any, records: Sequence[Record]) -> None:
+        self._acknowledge()
+        await self._consumer.commit()
+        await take_through(self, records)
+
+    _intake._Intake._take_through = wrong
+
+
+def _late_version() -> None:
+    """A version is taken when rows are written instead of before the first read."""
+    insert = _recomputer.Recomputer._insert
+
+    def wrong(self: Any, table: str, column: str, rows: pa.Table, version: Version, **rest: bool) -> int:
+        return insert(self, table, column, rows, replace(version, offset=time.time_ns() // 1_000_000), **rest)
+
+    _recomputer.Recomputer._insert = wrong
+
+
+_WRONG = {"commit-first": _commit_first, "late-version": _late_version}
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -32,16 +32,15 @@ from gpuledger.local.guard import spawn
 from gpuledger.schemas.config import load_config
 from gpuledger.streams.brokers import end_offsets
 from tests.e2e.load import Load, Offsets, publish
+from tests.e2e.orders import Order, Orders
 
-__all__ = ["Digest", "Installation", "Kill", "WorkerProcess"]
-__all__ += ["answers", "installation", "plain_environment", "same"]
+__all__ = ["Digest", "Installation", "WorkerProcess"]
+__all__ += ["answers", "differences", "digest_of", "installation", "plain_environment", "same"]
 
 REPOSITORY = Path(__file__).parents[2]
 
 #: View -> its rows, in the order of their text.
 Digest = dict[str, list[tuple[Any, ...]]]
-#: (agent, point, passage), see killable_worker.
-Kill = tuple[str, str, int]
 
 _DIGEST = {
     "v_ledger_minute": ("*", "minute"),
@@ -62,8 +61,8 @@ def plain_environment(**settings: str) -> dict[str, str]:
     return kept | {f"GPULEDGER_{name}": value for name, value in settings.items()}
 
 
-def same(found: Digest, expected: Digest) -> None:
-    """Fails unless they are equal bit for bit: with the numbers of each view, and the first rows of one side only."""
+def differences(found: Digest, expected: Digest) -> list[str]:
+    """Nothing where they are equal bit for bit; else the numbers of each view, and the first rows of one side only."""
     told: list[str] = []
     for view, rows in expected.items():
         if found[view] != rows:
@@ -73,6 +72,12 @@ def same(found: Digest, expected: Digest) -> None:
             )
             told.append(f"{view}: {len(found[view])} rows, expected {len(rows)}")
             told += [f"  extra   {row}" for row in extra[:3]] + [f"  missing {row}" for row in missing[:3]]
+    return told
+
+
+def same(found: Digest, expected: Digest) -> None:
+    """Fails unless they are equal bit for bit."""
+    told = differences(found, expected)
     if told:
         pytest.fail("\n".join(["the ledgers differ", *told]), pytrace=False)
 
@@ -87,13 +92,16 @@ def answers(url: str) -> bool:
 
 
 class WorkerProcess:
-    """One worker; `kill` makes it end itself by SIGKILL there."""
+    """One worker; an order makes it kill or stop itself at a point. `options` go to killable_worker."""
 
-    def __init__(self, directory: Path, number: int, env: Mapping[str, str], kill: Kill | None) -> None:
+    def __init__(
+        self, directory: Path, number: int, env: Mapping[str, str], order: Order | None, options: Sequence[str] = ()
+    ) -> None:
         self.log_file = directory / f"worker-{number}.log"
-        self._armed = directory / f"faust-{number}.armed"
-        argv = [sys.executable, "-m", "tests.e2e.killable_worker", str(directory / f"faust-{number}")]
-        argv += [] if kill is None else map(str, kill)
+        self._orders = Orders(directory / f"faust-{number}.orders")
+        if order is not None:
+            self._orders.give(order)
+        argv = [sys.executable, "-m", "tests.e2e.killable_worker", str(directory / f"faust-{number}"), *options]
         with self.log_file.open("wb") as log:
             # Tied to this process: a test run that is killed leaves no worker behind.
             self.process = spawn(argv, output=log, env=env, cwd=REPOSITORY)
@@ -110,9 +118,9 @@ class WorkerProcess:
         found = re.search(r"health on (127\.0\.0\.1:\d+)", self.log())
         return found is not None and answers(f"http://{found[1]}/readyz")
 
-    def arm(self) -> None:
-        """A worker made with passage 0 kills itself the next time it comes to its point."""
-        self._armed.touch()
+    def order(self, order: Order) -> None:
+        """To be obeyed the next time it comes to that point."""
+        self._orders.give(order)
 
     def killed(self, timeout_s: float = 60) -> None:
         """Waits until it has killed itself."""
@@ -136,7 +144,7 @@ class WorkerProcess:
 class Installation:
     """Topics with a prefix, a consumer group and a database of its own."""
 
-    def __init__(self, bootstrap: str, clickhouse_url: str, directory: Path) -> None:
+    def __init__(self, bootstrap: str, clickhouse_url: str, directory: Path, **settings: str) -> None:
         self.directory = directory
         name = f"e2e_{uuid.uuid4().hex[:8]}"
         self.env = plain_environment(
@@ -147,6 +155,7 @@ class Installation:
             WORKER__GROUP=name,
             WORKER__LISTEN="127.0.0.1:0",
             LEDGER__GRACE_S="2",
+            **settings,
         )
         self.config = load_config(None, self.env)
         asyncio.run(create_topics(self.config.kafka))
@@ -157,9 +166,9 @@ class Installation:
         self.workers: list[WorkerProcess] = []
         self._threads = ThreadPoolExecutor(1)
 
-    def start_worker(self, kill: Kill | None = None) -> WorkerProcess:
+    def start_worker(self, order: Order | None = None, *options: str) -> WorkerProcess:
         """Starts one more worker."""
-        self.workers.append(WorkerProcess(self.directory, len(self.workers), self.env, kill))
+        self.workers.append(WorkerProcess(self.directory, len(self.workers), self.env, order, options))
         return self.workers[-1]
 
     def publish(self, ticks: Sequence[Sequence[Message]], over_s: float) -> Future[Offsets]:
@@ -210,14 +219,7 @@ class Installation:
 
     def digest(self, load: Load) -> Digest:
         """All rows of the hours of the load, of every view of the ledger, in an order of their own."""
-        out: Digest = {}
-        for view, (columns, time_column) in _DIGEST.items():
-            sql = (
-                f"SELECT {columns} FROM {view} WHERE {time_column} >= fromUnixTimestamp64Milli({{from:Int64}}, 'UTC') "
-                f"AND {time_column} < fromUnixTimestamp64Milli({{to:Int64}}, 'UTC')"
-            )
-            out[view] = sorted(self.rows(sql, **{"from": load.hours[0], "to": load.hours[1]}), key=repr)
-        return out
+        return digest_of(self, *load.hours)
 
     def close(self) -> None:
         for worker in self.workers:
@@ -227,10 +229,22 @@ class Installation:
         self.client.close()
 
 
+def digest_of(made: Installation, from_ms: int, to_ms: int) -> Digest:
+    """All rows of [from_ms, to_ms), whole hours, of every view of the ledger, in an order of their own."""
+    out: Digest = {}
+    for view, (columns, time_column) in _DIGEST.items():
+        sql = (
+            f"SELECT {columns} FROM {view} WHERE {time_column} >= fromUnixTimestamp64Milli({{from:Int64}}, 'UTC') "
+            f"AND {time_column} < fromUnixTimestamp64Milli({{to:Int64}}, 'UTC')"
+        )
+        out[view] = sorted(made.rows(sql, **{"from": from_ms, "to": to_ms}), key=repr)
+    return out
+
+
 @contextmanager
-def installation(bootstrap: str, clickhouse_url: str, directory: Path) -> Generator[Installation]:
-    """An installation without workers; all are ended and the database is gone afterwards."""
-    made = Installation(bootstrap, clickhouse_url, directory)
+def installation(bootstrap: str, clickhouse_url: str, directory: Path, **settings: str) -> Generator[Installation]:
+    """An installation without workers; all are ended and the database is gone afterwards. `settings` as GPULEDGER_…"""
+    made = Installation(bootstrap, clickhouse_url, directory, **settings)
     try:
         yield made
     finally:

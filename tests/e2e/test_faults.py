@@ -3,6 +3,7 @@
 import pytest
 
 from tests.e2e.load import Load
+from tests.e2e.orders import Order
 from tests.e2e.pipeline import Digest, Installation, same
 
 pytestmark = pytest.mark.services
@@ -42,17 +43,17 @@ def test_kills_change_nothing(pipeline: Installation, load: Load, undisturbed: D
     *rest, batch = tail
     assert batch.topic == "telemetry"
     sending = pipeline.publish(first, over_s=8)
-    pipeline.start_worker(("telemetry", "stored", 1)).killed()
+    pipeline.start_worker(Order("telemetry", "stored")).killed()
     sent = [sending.result()]
     sending = pipeline.publish([*second, rest], over_s=8)
-    pipeline.start_worker(("telemetry", "marked", 1)).killed()
-    last = pipeline.start_worker(("telemetry", "stored", 0))
+    pipeline.start_worker(Order("telemetry", "marked")).killed()
+    last = pipeline.start_worker()
     sent.append(sending.result())
     pipeline.settle(load, *sent)
-    last.arm()
+    last.order(Order("telemetry", "stored"))
     sent.append(pipeline.publish([[batch]], over_s=0).result())
     last.killed()
-    pipeline.start_worker(("dirty", "read", 1)).killed()
+    pipeline.start_worker(Order("dirty", "read")).killed()
     pipeline.start_worker()
     pipeline.settle(load, *sent)
     found = pipeline.digest(load)
