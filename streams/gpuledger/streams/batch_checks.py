@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gpuledger.schemas.exceptions import MessageError
-from gpuledger.schemas.telemetry import COLUMNS, HEADER_KEY, PERIODS_COVERED, BatchHeader, HostReading
+from gpuledger.schemas.telemetry import HEADER_KEY, PERIODS_COVERED, BatchHeader, HostReading
 
 __all__ = ["MAX_HEADER_BYTES", "MAX_ROWS", "check_header", "check_rows", "suspects"]
 
@@ -33,7 +33,6 @@ _MAX_POWER_MW = 10**9
 _FROM_2000_MS, _TO_2200_MS = 946_684_800_000, 7_258_118_400_000
 _MINUTE_MS = 60_000
 _HOST_VALUES = tuple(name for name in HostReading.__struct_fields__ if name not in ("ts_ms", "cpu_count"))
-_FLOATS = tuple(column.name for column in COLUMNS if column.type == "float32")
 #: Control characters, and those that turn the direction of a line: a name goes to logs, terminals and pages.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
@@ -202,11 +201,6 @@ def suspects(
         values = columns.column(name).fill_null(0).to_numpy()
         if values.min() < 0 or values.max() > most:
             wrong[message[(values < 0) | (values > most)]] = True
-    for name in _FLOATS:
-        values = columns.column(name)
-        finite = np.isfinite((values.fill_null(0) if values.null_count else values).to_numpy())
-        if not finite.all():
-            wrong[message[~finite]] = True
     return np.flatnonzero(wrong).tolist()
 
 
@@ -263,12 +257,8 @@ def _check_pieces(header: BatchHeader, times: Ints, devices: Ints, previous: Int
 
 
 def _check_values(columns: pa.Table) -> None:
+    # A gauge that is no number is not known (`fragments`): one such reading must not cost a node its batch.
     for name, most, text in (("energy_mj", _MAX_ENERGY_MJ, "2^53"), ("power_mw", _MAX_POWER_MW, str(_MAX_POWER_MW))):
         values = columns.column(name).fill_null(0).to_numpy()
         if values.min() < 0 or values.max() > most:
             raise MessageError(f"{name}: expected 0..{text}, got {values.min()}..{values.max()}")
-    for name in _FLOATS:
-        values = columns.column(name).fill_null(0).to_numpy()
-        wrong = values[~np.isfinite(values)]
-        if len(wrong):
-            raise MessageError(f"{name}: expected a finite number, got {wrong[0]}; send NULL where it is not known")

@@ -82,7 +82,13 @@ def _activities(block: TelemetryBlock, order: Ints) -> NDArray[np.uint8]:
 
 def _linear(at: Ints, start: Ints, end: Ints, first: Ints, last: Ints) -> Ints:
     """floor of the energy at `at` on the line from (start, first) to (end, last)."""
-    return first + ((last - first) * (at - start)) // np.maximum(end - start, 1)
+    rise, run, width = last - first, at - start, np.maximum(end - start, 1)
+    found = first + (rise * run) // width
+    # A counter that jumps, or was read days apart, needs more than 64 bits in between.
+    long = np.flatnonzero(np.abs(rise.astype(np.float64) * run) >= 2.0**62)
+    for n in long.tolist():
+        found[n] = int(first[n]) + int(rise[n]) * int(run[n]) // int(width[n])
+    return found
 
 
 def _cover(block: TelemetryBlock) -> tuple[_Pieces, Ints]:
@@ -109,7 +115,7 @@ def _cover(block: TelemetryBlock) -> tuple[_Pieces, Ints]:
     lo = np.maximum(before, ts - PERIODS_COVERED * period)
     # A counter that ran backwards starts a new span: the energy of that interval is not known.
     known = (energy >= 0) & (energy_before >= 0) & (energy >= energy_before)
-    energy_lo = np.where(known, _linear(lo, before, ts, energy_before, energy), -1)
+    energy_lo = np.where(known, _linear(lo, np.where(known, before, lo), ts, energy_before, energy), -1)
     covered = np.flatnonzero(before >= 0)
 
     first_minute, last_minute = lo[covered] // MINUTE_MS, (ts[covered] - 1) // MINUTE_MS
