@@ -9,12 +9,14 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from gpuledger.agents.exceptions import SpoolChanged
 from gpuledger.agents.messages import Message
+from gpuledger.agents.publisher import SpooledMessage
 from gpuledger.agents.spool import FILE_NAME, Spool
 from gpuledger.agents.spool_store import BuildBatch, merge_gap
 from gpuledger.schemas.events import Placement
@@ -39,11 +41,19 @@ def _batch(told: list[list[Gap]] | None = None, size: int = 1000) -> BuildBatch:
     return build
 
 
-def _seqs(spool: Spool, limit: int = 1000) -> list[int]:
-    """The numbers of the batches that wait, in order, left as they are."""
-    taken = spool.take(limit, 10**9)
-    spool.give_back([one.number for one in taken])
-    return [int(one.message.value.split(b";")[0]) for one in taken if one.message.topic == "telemetry"]
+def _take_all(spool: Spool) -> list[SpooledMessage]:
+    """Everything that waits, in order; one `take` gives a part of the spool at most."""
+    taken: list[SpooledMessage] = []
+    while found := spool.take(1000, 10**9):
+        taken += found
+    return taken
+
+
+def _seqs(folder: Path) -> list[int]:
+    """The numbers of the batches that wait on disk, in order, read beside the spool that holds them."""
+    with closing(sqlite3.connect(f"file:{folder / FILE_NAME}?mode=ro", uri=True)) as db:
+        rows = db.execute("SELECT value FROM messages WHERE topic = 'telemetry' ORDER BY number").fetchall()
+    return [int(value.split(b";")[0]) for (value,) in rows]
 
 
 def test_messages_come_back_in_order_and_whole(tmp_path: Path) -> None:
@@ -59,7 +69,7 @@ def test_messages_come_back_in_order_and_whole(tmp_path: Path) -> None:
     assert spool.take(100, 10**9) == []  # on their way
     spool.acknowledge([one.number for one in taken[:2]])
     spool.give_back([one.number for one in taken[2:]])
-    assert _seqs(spool) == [1, 2]
+    assert _seqs(tmp_path) == [1, 2]
 
 
 def test_a_take_is_bounded_but_never_empty_while_something_waits(tmp_path: Path) -> None:
@@ -96,11 +106,11 @@ def test_when_full_the_oldest_go_as_one_gap_that_a_later_batch_tells(tmp_path: P
     spool = _spool(tmp_path, max_bytes=20_000)
     for n in range(40):
         spool.seal_batch("run", n * 10, n * 10 + 10, NOW, _batch(told))
-    waiting = _seqs(spool)
+    waiting = _seqs(tmp_path)
     assert waiting == list(range(waiting[0], 40))
     assert 10 < len(waiting) < 20
     assert all(gaps == [] for gaps in told), "gaps wait while batches are dropped, or they would be dropped with them"
-    spool.acknowledge([one.number for one in spool.take(1000, 10**9)])
+    spool.acknowledge([one.number for one in _take_all(spool)])
     for n in range(40, 43):
         spool.seal_batch("run", n * 10, n * 10 + 10, NOW, _batch(told))
     last = waiting[0] - 1
@@ -122,7 +132,7 @@ def test_dropped_sent_and_waiting_are_every_number_exactly_once(tmp_path: Path) 
             count += 1
         spool.close()
         spool = _spool(tmp_path, max_bytes=12_000)
-        taken = spool.take(1000, 10**9)
+        taken = _take_all(spool)
         sent += [int(one.message.value.split(b";")[0]) for one in taken]
         gaps += [gap for seq in sent[-len(taken) :] for gap in told[seq]]
         spool.acknowledge([one.number for one in taken])
@@ -141,15 +151,15 @@ def test_gaps_told_by_a_dropped_batch_are_told_again(tmp_path: Path) -> None:
     spool = _spool(tmp_path, max_bytes=5_000)
     for n in range(10):
         spool.seal_batch("run", n, n + 1, NOW, _batch(told))
-    spool.acknowledge([one.number for one in spool.take(1000, 10**9)])
+    spool.acknowledge([one.number for one in _take_all(spool)])
     for n in range(10, 12):
         spool.seal_batch("run", n, n + 1, NOW, _batch(told))
     teller = next(n for n, gaps in enumerate(told) if gaps)
     first = told[teller][0]
     for n in range(12, 30):
         spool.seal_batch("run", n, n + 1, NOW, _batch(told))
-    assert teller not in _seqs(spool)
-    spool.acknowledge([one.number for one in spool.take(1000, 10**9)])
+    assert teller not in _seqs(tmp_path)
+    spool.acknowledge([one.number for one in _take_all(spool)])
     for n in range(30, 33):
         spool.seal_batch("run", n, n + 1, NOW, _batch(told))
     later = [gap for gaps in told[teller + 1 :] for gap in gaps]
@@ -163,7 +173,7 @@ def test_what_is_too_old_goes_with_its_reason(tmp_path: Path) -> None:
     spool.seal_batch("run", 10, 20, NOW + HOUR_MS + 1, _batch(told))
     for n in range(2, 4):
         spool.seal_batch("run", n * 10, n * 10 + 10, NOW + HOUR_MS + 2, _batch(told))
-    assert _seqs(spool) == [1, 2, 3]
+    assert _seqs(tmp_path) == [1, 2, 3]
     assert [gap for gaps in told for gap in gaps] == [Gap("run", 0, 0, 0, 10, 1, "spool: too old")]
 
 
@@ -182,7 +192,42 @@ def test_what_is_on_its_way_is_not_dropped(tmp_path: Path) -> None:
     for n in range(1, 20):
         spool.seal_batch("run", n, n + 1, NOW, _batch())
     spool.give_back([taken[0].number])
-    assert _seqs(spool)[0] == 0
+    assert _seqs(tmp_path)[0] == 0
+
+
+def test_what_was_sent_without_an_answer_is_dropped_last_and_its_gap_says_so(tmp_path: Path) -> None:
+    """The broker may have it: a gap that says it is missing would be wrong."""
+    told: list[list[Gap]] = []
+    spool = _spool(tmp_path, max_bytes=20_000)
+    for n in range(4):
+        spool.seal_batch("run", n, n + 1, NOW, _batch(told))
+    spool.give_back([one.number for one in spool.take(2, 10**9)])
+    for n in range(4, 40):
+        spool.seal_batch("run", n, n + 1, NOW, _batch(told))
+    waiting = _seqs(tmp_path)
+    assert waiting == [0, 1, *range(waiting[2], 40)]
+    # So much later that only age can decide.
+    for n in range(40, 44):
+        spool.seal_batch("run", n, n + 1, NOW + 2 * HOUR_MS, _batch(told))
+    gaps = {gap.reason: gap for gaps in told for gap in gaps}
+    assert gaps["spool: too old, perhaps sent"] == Gap("run", 0, 1, 0, 2, 2, "spool: too old, perhaps sent")
+    assert gaps["spool full"] == Gap("run", 2, waiting[2] - 1, 2, waiting[2], waiting[2] - 2, "spool full")
+    assert gaps["spool: too old"].first_seq == waiting[2]
+
+
+def test_what_a_killed_agent_had_on_its_way_is_in_doubt_after_the_restart(tmp_path: Path) -> None:
+    spool = _spool(tmp_path, max_bytes=20_000)
+    for n in range(10):
+        spool.seal_batch("run", n, n + 1, NOW, _batch())
+    on_its_way = {int(one.message.value.split(b";")[0]) for one in spool.take(1000, 10**9)}
+    spool.close()  # as a kill leaves it: nothing acknowledged, nothing given back
+    spool = _spool(tmp_path, max_bytes=20_000)
+    for n in range(10, 60):
+        spool.seal_batch("run", n, n + 1, NOW, _batch())
+    waiting = _seqs(tmp_path)
+    assert 0 < len(on_its_way) < 6, "at most a quarter of the spool is on its way at once"
+    assert on_its_way <= set(waiting)
+    assert waiting[-5:] == [55, 56, 57, 58, 59], "new batches find room beside what is in doubt"
 
 
 def test_gaps_join_only_where_they_touch() -> None:
@@ -203,7 +248,7 @@ def test_a_rejected_batch_is_set_aside_and_leaves_a_gap(tmp_path: Path) -> None:
     spool.seal_batch("run", 0, 10, NOW, _batch(told))
     spool.reject(spool.take(1, 10**9)[0].number, "broker: too large")
     spool.seal_batch("run", 10, 20, NOW, _batch(told))
-    assert _seqs(spool) == [1]
+    assert _seqs(tmp_path) == [1]
     assert told[1] == [Gap("run", 0, 0, 0, 10, 1, "broker: too large")]
     assert spool.stats().rejected == 1
 
@@ -238,8 +283,8 @@ def test_kill_9_loses_no_sealed_batch_and_reuses_no_number(tmp_path: Path) -> No
         sealed = int(rest[-1]) if rest else first
         spool = _spool(tmp_path, max_bytes=10**9, max_age_ms=10**15)
         # At most the one batch whose number was not printed yet came on top.
-        assert _seqs(spool, 10**6) in (list(range(sealed + 1)), list(range(sealed + 2)))
-        sealed = _seqs(spool, 10**6)[-1]
+        assert _seqs(tmp_path) in (list(range(sealed + 1)), list(range(sealed + 2)))
+        sealed = _seqs(tmp_path)[-1]
         spool.close()
 
 
@@ -285,7 +330,7 @@ def test_a_torn_tail_of_the_log_is_cut_off(tmp_path: Path) -> None:
         (copy / FILE_NAME).write_bytes(before[0])
         (copy / f"{FILE_NAME}-wal").write_bytes(after[:cut])
         torn = _spool(copy)
-        assert _seqs(torn) == [0, 1, 2]
+        assert _seqs(copy) == [0, 1, 2]
         assert torn.seal_batch("run", 3, 4, NOW, _batch()) == 3
         torn.close()
 
@@ -299,7 +344,7 @@ def test_a_message_with_a_wrong_check_sum_is_set_aside_alone(tmp_path: Path) -> 
     other.execute("UPDATE messages SET value = x'00' WHERE number = 2")
     other.commit()
     other.close()
-    assert _seqs(spool) == [0, 2]
+    assert [one.message.value[:2] for one in _take_all(spool)] == [b"0;", b"2;"]
     spool.seal_batch("run", 3, 4, NOW, _batch(told))
     assert [(gap.first_seq, gap.last_seq) for gap in told[3]] == [(1, 1)]
     assert "check sum" in told[3][0].reason

@@ -22,7 +22,15 @@ from gpuledger.agents.messages import Headers, Message
 from gpuledger.schemas.config import Kafka, KafkaSecurity
 from gpuledger.schemas.topics import topic_name
 
-__all__ = ["Delivered", "Outbox", "Publisher", "SpooledMessage", "client_options"]
+__all__ = [
+    "MAX_IN_FLIGHT",
+    "MAX_IN_FLIGHT_BYTES",
+    "Delivered",
+    "Outbox",
+    "Publisher",
+    "SpooledMessage",
+    "client_options",
+]
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +73,7 @@ class Outbox(Protocol):
         ...
 
     def give_back(self, numbers: Sequence[int]) -> None:
-        """They were not sent; `take` will give them again."""
+        """The broker did not say that it has them; `take` will give them again."""
         ...
 
     def reject(self, number: int, reason: str) -> None:

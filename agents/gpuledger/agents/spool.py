@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gpuledger.agents.exceptions import SpoolChanged, SpoolError
 from gpuledger.agents.messages import Message
-from gpuledger.agents.publisher import SpooledMessage
+from gpuledger.agents.publisher import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES, SpooledMessage
 from gpuledger.agents.spool_store import BuildBatch, SpoolStats, SpoolStore
 from gpuledger.schemas.events import Placement
 
@@ -28,6 +28,8 @@ MEMORY_MAX_BYTES = 16 << 20
 #: How often a disk that could not be written is tried again.
 _RETRY_DISK_MS = 60_000
 _SAY_DROPPED_EVERY_MS = 60_000
+#: What is on its way is dropped last, so it may be this part of a spool at most, or new batches would find no room.
+_WINDOW_SHARE = 4
 
 
 class Spool:
@@ -45,6 +47,7 @@ class Spool:
         self._disk: SpoolStore | None = None
         self._memory: SpoolStore | None = None
         self._taken: set[int] = set()
+        self._in_doubt: set[int] = set()
         self._retry_ms = 0
         self._say_dropped_ms = 0
         self._dropping = False
@@ -58,9 +61,15 @@ class Spool:
             self._fall_back(error, now_ms)
 
     def _open(self, now_ms: int) -> SpoolStore:
-        """The store of the file; a damaged file is set aside first."""
+        """The store of the file; a damaged file is set aside first.
+
+        The process before this one may have been killed while its oldest messages were on their way.
+        """
         try:
-            return SpoolStore(self._path)
+            store = SpoolStore(self._path)
+            window = store.first_numbers(MAX_IN_FLIGHT, min(MAX_IN_FLIGHT_BYTES, self._max_bytes // _WINDOW_SHARE))
+            self._in_doubt = {number for number in self._in_doubt if number & 1} | {number << 1 for number in window}
+            return store
         except sqlite3.Error as error:
             if not _is_damage(error):
                 raise
@@ -141,16 +150,22 @@ class Spool:
         return store
 
     def _bound(self, store: SpoolStore, now_ms: int) -> None:
-        on_disk = store is self._disk
-        limit = self._max_bytes if on_disk else min(self._max_bytes, MEMORY_MAX_BYTES)
-        keep = {number >> 1 for number in self._taken if (number & 1 == 0) == on_disk}
-        dropped = store.shrink(limit, now_ms - self._max_age_ms, keep)
-        self._dropping = dropped > 0
+        odd = int(store is not self._disk)
+        keep, in_doubt = (
+            {number >> 1 for number in numbers if number & 1 == odd} for numbers in (self._taken, self._in_doubt)
+        )
+        dropped = store.shrink(self._limit(store), now_ms - self._max_age_ms, keep, in_doubt)
+        self._in_doubt.difference_update(number << 1 | odd for number in dropped)
+        self._dropping = bool(dropped)
         if dropped:
-            self.dropped += dropped
+            self.dropped += len(dropped)
             if now_ms >= self._say_dropped_ms:
                 self._say_dropped_ms = now_ms + _SAY_DROPPED_EVERY_MS
                 log.warning("the spool is over its bounds: %d oldest messages dropped so far, as gaps", self.dropped)
+
+    def _limit(self, store: SpoolStore | None) -> int:
+        """The bound in bytes of a store."""
+        return min(self._max_bytes, MEMORY_MAX_BYTES) if store is self._memory else self._max_bytes
 
     def _replace(self, store: SpoolStore, error: sqlite3.Error, now_ms: int) -> SpoolChanged | SpoolError:
         """After an error in sealing: a new file in place of a damaged one, memory in place of a disk."""
@@ -160,6 +175,7 @@ class Spool:
             store.close()
             self._disk = None
             self._taken = {number for number in self._taken if number & 1}
+            self._in_doubt = {number for number in self._in_doubt if number & 1}
             try:
                 self._set_aside(error, now_ms)
                 self._disk = SpoolStore(self._path)
@@ -199,7 +215,7 @@ class Spool:
                     continue
                 skip = {number >> 1 for number in self._taken if number & 1 == odd}
                 try:
-                    found = store.oldest(max_messages, max_bytes, skip)
+                    found = store.oldest(max_messages, min(max_bytes, self._limit(store) // _WINDOW_SHARE), skip)
                 except sqlite3.Error as error:
                     log.error("the spool cannot be read: %s", error)
                     continue
@@ -223,10 +239,13 @@ class Spool:
                     log.warning("%d sent messages stay in the spool for now: %s", len(mine), error)
                 else:
                     self._taken.difference_update(mine)
+                    self._in_doubt.difference_update(mine)
 
     def give_back(self, numbers: Sequence[int]) -> None:
+        """They will be taken again. The broker may have them all the same: its answer may be what got lost."""
         with self._lock:
             self._taken.difference_update(numbers)
+            self._in_doubt.update(numbers)
 
     def reject(self, number: int, reason: str) -> None:
         with self._lock:
@@ -239,6 +258,7 @@ class Spool:
                 log.warning("a message that can never be sent stays in the spool for now: %s", error)
             else:
                 self._taken.discard(number)
+                self._in_doubt.discard(number)
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,10 @@ from gpuledger.agents.publisher import SpooledMessage
 from gpuledger.schemas.events import Placement
 from gpuledger.schemas.telemetry import Gap
 
-__all__ = ["BuildBatch", "SpoolStats", "SpoolStore"]
+__all__ = ["PERHAPS_SENT", "BuildBatch", "SpoolStats", "SpoolStore"]
+
+#: Ends the reason of a gap whose batches may have arrived: they were sent, and no answer came before they were dropped.
+PERHAPS_SENT = ", perhaps sent"
 
 #: Makes the message of a batch from its number in the run and the gaps it must tell.
 BuildBatch = Callable[[int, list[Gap]], Message]
@@ -183,21 +186,22 @@ class SpoolStore:
 
     # -- bounds -----------------------------------------------------------------------------------------------------
 
-    def shrink(self, max_bytes: int, oldest_ms: int, keep: set[int]) -> int:
-        """Drops the oldest until at most `max_bytes` are left and none is older than `oldest_ms`; how many.
+    def shrink(self, max_bytes: int, oldest_ms: int, keep: set[int], in_doubt: set[int]) -> list[int]:
+        """Drops the oldest until at most `max_bytes` are left and none is older than `oldest_ms`; their numbers.
 
         Batches go before events: they are nearly all of the bytes, and a lost end of an allocation costs more. Those
-        in `keep` are on their way and stay. Each dropped batch becomes part of a gap record in the same transaction,
-        and so do the gaps it would have told.
+        in `keep` are on their way and stay. Those in `in_doubt` may have reached the broker without its word: they go
+        after the other batches, and their gap says so, for a gap that names what arrived would be wrong. Each dropped
+        batch becomes part of a gap record in the same transaction, and so do the gaps it would have told.
         """
         first = self._db.execute("SELECT sealed_ms FROM messages ORDER BY number LIMIT 1").fetchone()
         if first is None or (self._bytes <= max_bytes and first[0] >= oldest_ms):
-            return 0
+            return []
         dropped: list[int] = []
         freed = 0
         with self._transaction():
             gaps = self._all_gaps()
-            for events in (False, True):
+            for events, doubtful in ((False, False), (False, True), (True, False)):
                 for number, sealed_ms, size, own, told in self._db.execute(
                     "SELECT number, sealed_ms, bytes, own_gap, told_gaps FROM messages "
                     "WHERE (own_gap IS NULL) = ? ORDER BY number",
@@ -206,15 +210,16 @@ class SpoolStore:
                     too_old = sealed_ms < oldest_ms
                     if self._bytes - freed <= max_bytes and not too_old:
                         break
-                    if number in keep:
+                    if number in keep or (not events and (number in in_doubt) != doubtful):
                         continue
-                    gaps = _with_gaps_of(gaps, own, told, "spool: too old" if too_old else "spool full")
+                    reason = "spool: too old" if too_old else "spool full"
+                    gaps = _with_gaps_of(gaps, own, told, f"{reason}{PERHAPS_SENT}" if doubtful else reason)
                     dropped.append(number)
                     freed += size
             self._db.executemany("DELETE FROM messages WHERE number = ?", [(number,) for number in dropped])
             self._store_gaps(gaps)
         self._bytes -= freed
-        return len(dropped)
+        return dropped
 
     def _all_gaps(self) -> list[Gap]:
         return [_gap_decoder.decode(gap) for (gap,) in self._db.execute("SELECT gap FROM gaps ORDER BY number")]
@@ -247,6 +252,17 @@ class SpoolStore:
             found.append(SpooledMessage(number, Message(topic, key, value, _unpack_headers(headers))))
         for number in damaged:
             self.set_aside(number, "spool: the check sum of the stored message is wrong")
+        return found
+
+    def first_numbers(self, max_messages: int, max_bytes: int) -> set[int]:
+        """The numbers of the oldest messages, as many as `oldest` would give with nothing to skip."""
+        found: set[int] = set()
+        size = 0
+        for number, length in self._db.execute("SELECT number, length(value) FROM messages ORDER BY number"):
+            if found and (len(found) >= max_messages or size + length > max_bytes):
+                break
+            found.add(number)
+            size += length
         return found
 
     def delete(self, numbers: Sequence[int]) -> None:
