@@ -27,6 +27,7 @@ __all__ = [
     "Holders",
     "PoolFacts",
     "Spans",
+    "boot_ends",
     "spans",
     "unplaced",
 ]
@@ -146,24 +147,22 @@ class _Claim:
     start: int
     end: int
 
-    def beats(self, other: _Claim) -> bool:
-        """The newer claim wins; of equal ones the smaller node, then the smaller fact id."""
-        return (-self.claimed_at, self.node, self.id) < (-other.claimed_at, other.node, other.id)
+    @property
+    def rank(self) -> tuple[int, str, str]:
+        """The smallest counts: the newest claim, of equal ones the smaller node, then the smaller fact id."""
+        return -self.claimed_at, self.node, self.id
 
 
 def _winners(claims: Sequence[_Claim], from_ms: int, to_ms: int) -> list[tuple[int, int, _Claim, _Claim | None]]:
-    """(start, end, winner, a claim it beat) over [from, to); pieces without a claim are left out."""
+    """(start, end, winner, the best claim it beat) over [from, to); pieces without a claim are left out."""
     cuts = sorted({from_ms, to_ms} | {t for c in claims for t in (c.start, c.end) if from_ms < t < to_ms})
     out: list[tuple[int, int, _Claim, _Claim | None]] = []
     for start, end in pairwise(cuts):
-        here = [claim for claim in claims if claim.start <= start < claim.end]
-        if not here:
-            continue
-        best = here[0]
-        for claim in here[1:]:
-            best = claim if claim.beats(best) else best
-        rivals = [claim for claim in here if (claim.pool, claim.node) != (best.pool, best.node)]
-        out.append((start, end, best, rivals[0] if rivals else None))
+        here = sorted((c for c in claims if c.start <= start < c.end), key=lambda claim: claim.rank)
+        if here:
+            best = here[0]
+            rival = next((claim for claim in here if (claim.pool, claim.node) != (best.pool, best.node)), None)
+            out.append((start, end, best, rival))
     return out
 
 
@@ -243,7 +242,7 @@ class _Claims:
     id: list[str]
 
 
-def _boot_ends(facts: PoolFacts, open_: NDArray[np.bool_]) -> Ints:
+def boot_ends(facts: PoolFacts, open_: NDArray[np.bool_]) -> Ints:
     """Per allocation the start of the next boot of its node, OPEN_END_MS where there is none or it has an end."""
     ends = np.full(facts.allocations.num_rows, OPEN_END_MS, dtype=np.int64)
     if not open_.any() or facts.boots.num_rows == 0:
@@ -338,7 +337,7 @@ def _claims(
     start = _times(table, "start_ms", 0)
     explicit = _times(table, "end_ms", OPEN_END_MS)
     open_ = ~table.column("end_ms").is_valid().to_numpy()
-    end = np.where(open_, np.minimum(_boot_ends(facts, open_), _job_ends(facts, open_)), explicit)
+    end = np.where(open_, np.minimum(boot_ends(facts, open_), _job_ends(facts, open_)), explicit)
     confirmed = np.where(open_, np.maximum(start, _times(table, "named_ms", 0)) + confirm_ms, OPEN_END_MS)
     code, names = _codes(table.column("gpu"))
     gpu = np.array([gpus.get(name, -1) for name in names], dtype=np.int64)[code] if names else code
