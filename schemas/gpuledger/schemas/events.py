@@ -391,6 +391,11 @@ class Alert(Fact, frozen=True, kw_only=True, tag="alert"):
     action: str = ""
     evidence: dict[str, str] = {}
 
+    def __post_init__(self) -> None:
+        if self.ended_at_ms is not None and self.ended_at_ms < self.started_at_ms:
+            raise ValueError(f"ended_at_ms: {self.ended_at_ms} is before started_at_ms {self.started_at_ms}")
+        _check_decimal("money_per_hour", self.money_per_hour, 9)
+
 
 class DeadLetter(Event, frozen=True, kw_only=True, tag="dead_letter"):
     """A message that could not be read: where it was, why, and its bytes (base64 in JSON) up to a limit.
@@ -447,5 +452,7 @@ def decode_event(data: bytes) -> AnyEvent:
     """
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise MessageError("JSON is nested too deeply; no event has more than a few levels") from error
+    except (msgspec.DecodeError, ValueError, OverflowError) as error:
         raise MessageError(str(error)) from error

@@ -241,7 +241,9 @@ def decode_header(data: bytes) -> BatchHeader:
     """
     try:
         header = _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise MessageError(f"header {HEADER_KEY}: JSON is nested too deeply") from error
+    except (msgspec.DecodeError, ValueError, OverflowError) as error:
         raise MessageError(f"header {HEADER_KEY}: {error}") from error
     if header.version != TELEMETRY_VERSION:
         raise MessageError(

@@ -6,7 +6,6 @@ that the screen suspects are checked one by one, for the reason.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from gpuledger.schemas.exceptions import MessageError
 from gpuledger.schemas.telemetry import HEADER_KEY, PERIODS_COVERED, BatchHeader, HostReading
+from gpuledger.schemas.texts import CONTROLS, MAX_NAME, MAX_TEXT
 
 __all__ = ["MAX_HEADER_BYTES", "MAX_ROWS", "check_header", "check_rows", "suspects"]
 
@@ -25,7 +25,6 @@ MAX_ROWS = 1 << 16
 #: A batch becomes up to this many pieces of a minute; without a bound one row could cover years, in gigabytes.
 _MAX_PIECES = 1 << 17
 _MAX_PERIOD_MS = 3_600_000
-_MAX_NAME, _MAX_TEXT = 256, 1_000
 
 _MAX_ENERGY_MJ = 1 << 53
 #: A megawatt. The integral of it over a minute must fit 64 bits.
@@ -33,8 +32,6 @@ _MAX_POWER_MW = 10**9
 _FROM_2000_MS, _TO_2200_MS = 946_684_800_000, 7_258_118_400_000
 _MINUTE_MS = 60_000
 _HOST_VALUES = tuple(name for name in HostReading.__struct_fields__ if name not in ("ts_ms", "cpu_count"))
-#: Control characters, and those that turn the direction of a line: a name goes to logs, terminals and pages.
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 Ints = NDArray[np.int64]
 
@@ -76,7 +73,7 @@ def _plausible(header: BatchHeader, raw: bytes) -> bool:
     for device in header.devices:
         previous, energy = device.previous_ts_ms, device.previous_energy_mj
         if (
-            not 0 < len(device.gpu) <= _MAX_NAME
+            not 0 < len(device.gpu) <= MAX_NAME
             or not 0 <= device.instance < 1 << 16
             or not 0 <= device.epoch_ms < _TO_2200_MS
             or (previous is not None and not _FROM_2000_MS <= previous < _TO_2200_MS)
@@ -88,10 +85,10 @@ def _plausible(header: BatchHeader, raw: bytes) -> bool:
         and _FROM_2000_MS <= header.run_start_ms < _TO_2200_MS
         and header.period_ms <= _MAX_PERIOD_MS
         and header.seq < 1 << 32
-        and len(header.node) <= _MAX_NAME
-        and len(header.boot_id) <= _MAX_NAME
-        and len(header.run_id) <= _MAX_NAME
-        and (not header.running or max(map(len, header.running)) <= _MAX_NAME)
+        and len(header.node) <= MAX_NAME
+        and len(header.boot_id) <= MAX_NAME
+        and len(header.run_id) <= MAX_NAME
+        and (not header.running or max(map(len, header.running)) <= MAX_NAME)
     )
 
 
@@ -102,7 +99,7 @@ def _find_wrong(header: BatchHeader) -> None:
     for field, name, most in _names(header):
         if len(name) > most:
             raise MessageError(f"header {HEADER_KEY}: {field}: expected at most {most} characters, got {len(name)}")
-        found = _CONTROLS.search(name)
+        found = CONTROLS.search(name)
         if found is not None:
             code = f"U+{ord(found[0]):04X}"
             raise MessageError(f"header {HEADER_KEY}: {field}: holds the control character {code}; send plain names")
@@ -152,15 +149,15 @@ def _host_bounds(host: HostReading) -> Iterator[tuple[str, int | float | None, i
 
 def _names(header: BatchHeader) -> Iterator[tuple[str, str, int]]:
     """(field, name, characters allowed)."""
-    yield "node", header.node, _MAX_NAME
-    yield "boot_id", header.boot_id, _MAX_NAME
-    yield "run_id", header.run_id, _MAX_NAME
-    yield "agent_version", header.agent_version, _MAX_NAME
-    yield from (("devices.gpu", device.gpu, _MAX_NAME) for device in header.devices)
-    yield from (("running", name, _MAX_NAME) for name in header.running)
+    yield "node", header.node, MAX_NAME
+    yield "boot_id", header.boot_id, MAX_NAME
+    yield "run_id", header.run_id, MAX_NAME
+    yield "agent_version", header.agent_version, MAX_NAME
+    yield from (("devices.gpu", device.gpu, MAX_NAME) for device in header.devices)
+    yield from (("running", name, MAX_NAME) for name in header.running)
     for gap in header.gaps:
-        yield "gaps.run_id", gap.run_id, _MAX_NAME
-        yield "gaps.reason", gap.reason, _MAX_TEXT
+        yield "gaps.run_id", gap.run_id, MAX_NAME
+        yield "gaps.reason", gap.reason, MAX_TEXT
 
 
 # -- the rows

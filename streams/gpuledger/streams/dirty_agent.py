@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+from aiokafka.partitioner import murmur2
 
 from gpuledger.schemas.events import Dirty, decode_event
 from gpuledger.schemas.exceptions import MessageError
+from gpuledger.schemas.texts import check_texts
 from gpuledger.streams.blocking import BlockingThread
 from gpuledger.streams.blocks import Record
 from gpuledger.streams.dirty import DirtyQueue, Pace, Slice
@@ -62,8 +64,12 @@ class _Handle:
     timestamp_ms: int
 
 
-def dirty_marks(record: Record) -> Dirty:
-    """The mark of one record. Raises MessageError."""
+def dirty_marks(record: Record, partitions: int | None = None) -> Dirty:
+    """The mark of one record; `partitions` is how many its topic has.
+
+    Raises MessageError, also for a mark that lies in another partition than its pool's: versions of a pool's rows are
+    offsets of its own partition, and a greater one from elsewhere would hide every later computation.
+    """
     if record.unreadable is not None:
         raise MessageError(record.unreadable.reason)
     if not record.value:
@@ -71,8 +77,15 @@ def dirty_marks(record: Record) -> Dirty:
     event = decode_event(record.value)
     if not isinstance(event, Dirty):
         raise MessageError(f"type: {event.kind} does not belong on topic dirty")
+    check_texts(event, record.value)
     if event.to_ms <= event.from_ms:
         raise MessageError(f"to_ms: {event.to_ms} is not after from_ms {event.from_ms}")
+    own = None if partitions is None else (murmur2(event.pool.encode()) & 0x7FFFFFFF) % partitions
+    if own is not None and record.partition != own:
+        raise MessageError(
+            f"key: a mark of pool {event.pool} belongs in partition {own}, not in {record.partition}; "
+            "give the pool as the key, and use the partitioner of Kafka's own clients (murmur2)"
+        )
     return event
 
 
@@ -134,9 +147,10 @@ class _DirtyAgent:
         async for event in stream.noack().events():
             records: list[Record] = list(event.value)
             marks = Marks()
+            partitions: int | None = self._consumer.topic_partitions(records[0].topic)
             for record in records:
                 try:
-                    mark = dirty_marks(record)
+                    mark = dirty_marks(record, partitions)
                 except MessageError as error:
                     await self._reject(record, str(error))
                     continue

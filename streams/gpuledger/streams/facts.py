@@ -28,6 +28,7 @@ from gpuledger.schemas.events import (
     encode_event,
 )
 from gpuledger.schemas.exceptions import MessageError
+from gpuledger.schemas.texts import check_texts
 from gpuledger.schemas.topics import TOPICS
 
 __all__ = ["StoredFact", "decode_facts", "documents", "fact_rows", "rank_of", "table_of", "touched"]
@@ -128,6 +129,7 @@ def decode_facts(topic: str, value: bytes | None) -> tuple[Sequence[Fact], Inven
     if not value:
         raise MessageError('value: is empty; expected a JSON object with a field "type"')
     event = decode_event(value)
+    check_texts(event, value)
     if event.kind not in TOPICS[topic].types:
         raise MessageError(
             f"type: {event.kind} does not belong on topic {topic}; expected {', '.join(TOPICS[topic].types)}"
@@ -145,7 +147,22 @@ def decode_facts(topic: str, value: bytes | None) -> tuple[Sequence[Fact], Inven
         return facts, event
     if not isinstance(event, Fact):
         raise MessageError(f"type: {event.kind} is not a fact")
+    _check_durations(event)
     return [event], None
+
+
+def _check_durations(fact: Fact) -> None:
+    """Raises MessageError where something ends before it begins. Here and not in the contract: what is stored already
+    must stay readable."""
+    if isinstance(fact, Job):
+        spans = [("", fact.started_ms, fact.ended_ms)]
+    elif isinstance(fact, Tenant):
+        spans = [(f"rules[{n}].", rule.start_ms, rule.end_ms) for n, rule in enumerate(fact.rules)]
+    else:
+        return
+    for path, start, end in spans:
+        if start is not None and end is not None and end < start:
+            raise MessageError(f"{path}end: {end} is before its start {start}; an interval is [start, end)")
 
 
 def _row(stored: StoredFact) -> dict[str, Any]:
