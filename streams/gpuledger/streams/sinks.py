@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,7 @@ from gpuledger.streams.fragments import fragments
 from gpuledger.streams.holders import UNPLACED_POOL
 from gpuledger.streams.intake import Rejected, Stored
 from gpuledger.streams.letters import decode_letter
-from gpuledger.streams.marks import MINUTE_MS, Marks
+from gpuledger.streams.marks import MINUTE_MS, Marks, Ranges
 from gpuledger.streams.recomputer import LedgerRules
 from gpuledger.streams.store import Store
 
@@ -367,10 +367,9 @@ class FactsSink(_MarkingSink):
         for (kind, _), stored in by_id.items():
             if isinstance(stored[0], Job):
                 continue
-            spans = [touched(fact, now_ms) for fact in stored]
-            start, end = min(a for a, _ in spans), max(b for _, b in spans)
+            spans = Ranges(touched(fact, now_ms) for fact in stored)
             if isinstance(stored[0], Tenant) or kind == "energy_tariff":
-                everywhere.append((start, end))
+                everywhere += spans
                 continue
             pools: set[str] = set()
             for fact in stored:
@@ -378,8 +377,9 @@ class FactsSink(_MarkingSink):
                 if isinstance(fact, (Allocation, Placement, Geometry)):
                     pools |= pools_of.get(fact.gpu, {UNPLACED_POOL})
             for pool in pools:
-                marks.add(pool, start, end, kind)
-        self._mark_unplaced(facts, now_ms, marks)
+                for start, end in spans:
+                    marks.add(pool, start, end, kind)
+        self._mark_early_allocations(facts, pools_of, now_ms, marks)
         self._mark_job_ends([fact for fact in revisions if isinstance(fact, Job)], now_ms, marks)
         if everywhere:
             extents = self._store.extents()
@@ -388,15 +388,19 @@ class FactsSink(_MarkingSink):
                     marks.add(pool, max(start, first_ms), min(end, last_ms), "rates")
         return marks
 
-    def _mark_unplaced(self, facts: Sequence[StoredFact], now_ms: int, marks: Marks) -> None:
-        """Allocations that came before their GPU's first placement are shown as conflicts no longer."""
+    def _mark_early_allocations(
+        self, facts: Sequence[StoredFact], pools_of: Mapping[str, set[str]], now_ms: int, marks: Marks
+    ) -> None:
+        """Allocations that came before their GPU's first placement are conflicts of the unplaced pool no longer; where
+        they began before the placement, they are conflicts of the GPU's pools."""
         sql = (
-            "SELECT min(start_ms), max(ifNull(end_ms, {now:Int64})) FROM allocations WHERE gpu IN {gpus:Array(String)} "
-            "HAVING count() > 0"
+            "SELECT gpu, min(start_ms), max(ifNull(end_ms, {now:Int64})) FROM allocations "
+            "WHERE gpu IN {gpus:Array(String)} GROUP BY gpu"
         )
         for gpus in _chunks([fact.fact.gpu for fact in facts if isinstance(fact.fact, Placement)]):
-            for start, end in self._store.rows(sql, {"gpus": gpus, "now": now_ms}):
-                marks.add(UNPLACED_POOL, int(start), min(int(end), now_ms), "placement")
+            for gpu, start, end in self._store.rows(sql, {"gpus": gpus, "now": now_ms}):
+                for pool in {UNPLACED_POOL} | pools_of.get(gpu, set()):
+                    marks.add(pool, int(start), min(int(end), now_ms), "placement")
 
     def _mark_job_ends(self, jobs: Sequence[Job], now_ms: int, marks: Marks) -> None:
         """A job's end, told or corrected, ends those of its allocations that have no end of their own."""
