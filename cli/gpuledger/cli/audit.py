@@ -15,6 +15,7 @@ from gpuledger.cli.database import data_option
 from gpuledger.cli.exceptions import CommandError
 from gpuledger.cli.ledger_store import Access, opened
 from gpuledger.cli.moments import iso, range_options, time_range
+from gpuledger.cli.scheduler_check import compare_with_scheduler, zone_of
 from gpuledger.cli.session import Session, pass_session
 from gpuledger.schemas.config import Config
 
@@ -30,6 +31,25 @@ __all__ = ["audit"]
 @click.option("--pool", "pools", multiple=True, metavar="POOL", help="Only this pool; repeat for more.")
 @click.option("--sample", default=20, show_default=True, type=click.IntRange(0), help="Minutes to compute again.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Which minutes: the same seed draws the same.")
+@click.option(
+    "--against-scheduler",
+    "accounts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Compare with what sacct prints instead: sacct -P -o JobIDRaw,Account,User,State,Start,End,AllocTRES,NodeList,"
+    "ElapsedRaw (or CSV with these columns).",
+)
+@click.option(
+    "--tolerance",
+    "tolerance_s",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    metavar="SECONDS",
+    help="By how much each GPU of a job may differ from the scheduler, beyond the second that sacct rounds away.",
+)
+@click.option("--timezone", metavar="ZONE", help="Zone of the file's times, as Europe/Oslo.  [default: this machine's]")
+@click.option("--utc", is_flag=True, help="The file's times are UTC (sacct ran with TZ=UTC).")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object; exact numbers as text.")
 @data_option
 @pass_session
@@ -40,6 +60,10 @@ def audit(
     pools: tuple[str, ...],
     sample: int,
     seed: int,
+    accounts: Path | None,
+    tolerance_s: int,
+    timezone: str | None,
+    utc: bool,
     as_json: bool,
     data: Path | None,
 ) -> None:
@@ -50,13 +74,23 @@ def audit(
     computed from all that is stored by now; and a sample row by row. Open minutes and hours are left out, and counted.
 
     Exit status 0 when all is right, 1 when not: then the first failing pool, GPU and minute are named.
+
+    With --against-scheduler the GPU time of each job and account is compared with the scheduler's own accounts
+    instead, over whole hours, and what differs is printed with its likely cause. Exit status 1 where anything does.
     """
     bounds = time_range(from_ms, to_ms)
+    zone = zone_of(timezone, utc)
+    if accounts is None and (zone is not None or tolerance_s):
+        raise CommandError("--tolerance, --timezone and --utc say how to compare; they need --against-scheduler FILE")
     with opened(session, data) as access:
         from gpuledger.streams.audit import PAUSES_S
         from gpuledger.streams.audit import audit as prove
 
         _check_pools(access, pools)
+        if accounts is not None:
+            if not compare_with_scheduler(access, accounts, bounds, pools, zone, tolerance_s, as_json):
+                raise Exit(1)
+            return
         # Where nothing runs, nothing is being computed either: there is nothing to wait for.
         report = prove(
             access.store,

@@ -30,8 +30,11 @@ def decimal_array(nano: NDArray[Any], known: NDArray[np.bool_]) -> pa.Array:
     return pa.Array.from_buffers(_DECIMAL, len(nano), [valid, pa.py_buffer(words.tobytes())])
 
 
-def charges_table(charges: Sequence[Charges], estimate: Sequence[bool]) -> pa.Table:
-    """The rows of many intervals with the columns of the table `charges`, except `version`; one `estimate` for each."""
+def charges_table(
+    charges: Sequence[Charges], estimate: Sequence[bool], rates_hash: Sequence[int] | None = None
+) -> pa.Table:
+    """The rows of many intervals with the columns of the table `charges`, except `version` and `rows_hash`; one
+    `estimate` and one `rates_hash` (0: not known) for each interval, the latter in its marker."""
     sizes = [len(each) for each in charges]
 
     def of_interval(values: list[Any], kind: pa.DataType) -> pa.Array:
@@ -41,6 +44,9 @@ def charges_table(charges: Sequence[Charges], estimate: Sequence[bool]) -> pa.Ta
         return np.concatenate([getattr(each, name) for each in charges])
 
     time = pa.timestamp("ms", tz="UTC")
+    # The marker is the last row of an interval.
+    hashes = np.zeros(sum(sizes), dtype=np.uint64)
+    hashes[np.cumsum(np.array(sizes, dtype=np.int64)) - 1] = np.array(rates_hash or [0] * len(sizes), dtype=np.uint64)
     return pa.table(
         {
             "pool": of_interval([each.pool for each in charges], pa.string()),
@@ -57,5 +63,6 @@ def charges_table(charges: Sequence[Charges], estimate: Sequence[bool]) -> pa.Ta
             "rate_card": pa.array(rows("rate_card"), pa.string()),
             "estimate": of_interval([int(each) for each in estimate], pa.uint8()),
             "incomplete": pa.array(rows("incomplete"), pa.uint8()),
+            "rates_hash": pa.array(hashes),
         }
     )

@@ -26,9 +26,10 @@ from gpuledger.streams.audit_rows import (
     money_differences,
     service_of,
 )
+from gpuledger.streams.fingerprints import fingerprints
 from gpuledger.streams.holders import PoolFacts
 from gpuledger.streams.marks import HOUR_MS, MINUTE_MS, Ranges
-from gpuledger.streams.recomputer import LedgerRules, Recomputer, fingerprints
+from gpuledger.streams.recomputer import LedgerRules, Recomputer
 from gpuledger.streams.store import Store
 
 __all__ = ["MOST_FINDINGS", "PAUSES_S", "AuditReport", "Finding", "Waiting", "audit"]

@@ -92,7 +92,7 @@ SELECT toUnixTimestamp64Milli(minute) AS at_ms,
 FROM (
     SELECT minute, countIf(kind = 'marker') AS markers, minIf(gpu_us, kind != 'marker') AS least,
         maxIf(gpu_us, kind = 'marker') AS service,
-        sumIf(toInt128(gpu_us), kind IN ('held', 'unconfirmed', 'reserved_unused', 'free')) AS segments
+        sumIf(toInt128(gpu_us), kind IN ('held', 'unconfirmed', 'reserved_unused', 'free', 'unsliced')) AS segments
     FROM (SELECT *, max(version) OVER (PARTITION BY pool, minute) AS newest FROM ledger_minute)
     WHERE version = newest AND $minute
     GROUP BY minute

@@ -6,7 +6,7 @@ minute; the marker of a minute is among its rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +20,14 @@ from gpuledger.streams.holders import Conflict
 from gpuledger.streams.marks import HOUR_MS, MINUTE_MS
 from gpuledger.streams.recompute import Amounts, Ledger, kinds
 
-__all__ = ["Fingerprints", "Version", "conflict_rows", "gpu_hour_rows", "gpu_minute_rows", "job_hour_rows"]
-__all__ += ["merge", "minute_rows", "quantities", "stamp"]
+__all__ = ["Fingerprints", "Version", "conflict_rows", "gpu_hour_rows", "gpu_minute_parts"]
+__all__ += ["gpu_minute_rows", "job_hour_rows", "merge", "minute_rows", "quantities", "stamp"]
 
 Ints = NDArray[np.int64]
+
+#: Rows of GPUs by minute that are made at once.
+_GPU_ROWS = 20_000
+_NONE = np.empty(0, dtype=np.int64)
 
 _TIME = pa.timestamp("ms", tz="UTC")
 _ACTIVITIES = ["", *(activity.name.lower() for activity in Activity)]
@@ -45,11 +49,13 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
-    """What each minute of the window was computed from: count and order-free hash of its fragments, hash of facts."""
+    """What each minute of the window was computed from: count and order-free hash of its fragments, hash of facts and
+    by which formula that was made."""
 
     fragments: Ints
     fragments_hash: NDArray[np.uint64]
     facts_hash: NDArray[np.uint64]
+    facts_formula: int
 
 
 def stamp(rows: pa.Table, version: Version) -> pa.Table:
@@ -107,6 +113,7 @@ def _minute_part(ledger: Ledger, minute: Ints, who: Sequence[pa.Array], us: Ints
             "fragments": pa.array(zeros, type=pa.uint32()),
             "fragments_hash": pa.array(zeros.astype(np.uint64)),
             "facts_hash": pa.array(zeros.astype(np.uint64)),
+            "facts_formula": pa.array(zeros, type=pa.uint8()),
         }
     )
 
@@ -183,9 +190,11 @@ def minute_rows(ledger: Ledger, prints: Fingerprints) -> pa.Table:
     none = _constant("", len(every))
     unknown = _energy(every, np.zeros(len(every), dtype=bool))
     markers = _minute_part(ledger, every, [none, _constant(_MARKER, len(every)), none], ledger.service_us, unknown)
-    for name in ("fragments", "fragments_hash", "facts_hash"):
+    formula = np.full(len(every), prints.facts_formula)
+    for name in ("fragments", "fragments_hash", "facts_hash", "facts_formula"):
+        values = formula if name == "facts_formula" else getattr(prints, name)
         at = markers.schema.get_field_index(name)
-        markers = markers.set_column(at, name, pa.array(getattr(prints, name), type=markers.schema.field(at).type))
+        markers = markers.set_column(at, name, pa.array(values, type=markers.schema.field(at).type))
     return _join([rows, rest, markers], "minute")
 
 
@@ -232,12 +241,28 @@ def _gpu_rows(ledger: Ledger, amounts: Amounts, at: Ints, name: str, markers: In
 
 def gpu_minute_rows(ledger: Ledger, prints: Fingerprints) -> pa.Table:
     """Rows of `ledger_gpu_minute` without `version`: the complete minutes that have fragments."""
+    parts = list(gpu_minute_parts(ledger, prints))
+    return (
+        pa.concat_tables(parts)
+        if parts
+        else _gpu_rows(ledger, ledger.by_gpu_minute.take(_NONE), _NONE, "minute", _NONE)
+    )
+
+
+def gpu_minute_parts(ledger: Ledger, prints: Fingerprints) -> Iterator[pa.Table]:
+    """The same in the order of time, in tables of whole minutes and about `_GPU_ROWS` rows."""
     window, amounts = ledger.window, ledger.by_gpu_minute
     at = window.from_ms + np.arange(window.minutes) * MINUTE_MS
-    written = (at < window.complete_until_ms // MINUTE_MS * MINUTE_MS) & (prints.fragments > 0)
-    rows = np.flatnonzero(written[amounts.keys[0]])
-    kept = amounts.take(rows)
-    return _gpu_rows(ledger, kept, at[kept.keys[0]], "minute", at[written])
+    written = np.flatnonzero((at < window.complete_until_ms // MINUTE_MS * MINUTE_MS) & (prints.fragments > 0))
+    first = np.searchsorted(amounts.keys[0], written, side="left")
+    last = np.searchsorted(amounts.keys[0], written, side="right")
+    begin = 0
+    while begin < len(written):
+        until = int(np.searchsorted(np.cumsum(last[begin:] - first[begin:]), _GPU_ROWS)) + 1 + begin
+        minutes = written[begin:until]
+        kept = amounts.take(np.flatnonzero(np.isin(amounts.keys[0], minutes)))
+        yield _gpu_rows(ledger, kept, at[kept.keys[0]], "minute", at[minutes])
+        begin = until
 
 
 def _hour_starts(ledger: Ledger) -> Ints:

@@ -6,7 +6,7 @@ read, so that a slice may be repeated, interrupted or computed by two workers at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 
@@ -19,13 +19,15 @@ from gpuledger.finance.charges_table import charges_table
 from gpuledger.finance.rates import Rates, price_intervals, rates_from
 from gpuledger.schemas.telemetry import MAX_CLOCK_AHEAD_MS
 from gpuledger.streams import ledger_rows
-from gpuledger.streams.holders import OPEN_END_MS, UNPLACED_POOL, PoolFacts, unplaced
+from gpuledger.streams.fingerprints import RatePrints, fingerprints
+from gpuledger.streams.holders import UNPLACED_POOL, unplaced
+from gpuledger.streams.ledger_digest import DIGESTED, digested
 from gpuledger.streams.ledger_rows import Fingerprints, Version, stamp
 from gpuledger.streams.marks import HOUR_MS, MINUTE_MS
 from gpuledger.streams.recompute import Ledger, Window, recompute
 from gpuledger.streams.store import MAX_BLOCK_ROWS, Store
 
-__all__ = ["LedgerRules", "Recomputer", "fingerprints"]
+__all__ = ["LedgerRules", "Recomputer"]
 
 Ints = NDArray[np.int64]
 
@@ -47,39 +49,6 @@ class LedgerRules:
         return lcm(60, self.price_interval_minutes) * MINUTE_MS
 
 
-def fingerprints(facts: PoolFacts, fragments: pa.Table, from_ms: int, to_ms: int, confirm_ms: int) -> Fingerprints:
-    """Per minute: how many fragments, the sum of their hashes, and the sum of the hashes of the facts in force (both
-    modulo 2^64, so that order does not matter). An open allocation also counts from when it is no longer confirmed, and
-    from the end of its job."""
-    minutes = (to_ms - from_ms) // MINUTE_MS
-    at = (fragments.column("minute").cast(pa.int64()).to_numpy() - from_ms) // MINUTE_MS
-    fragments_hash = np.zeros(minutes, dtype=np.uint64)
-    np.add.at(fragments_hash, at, fragments.column("hash").to_numpy())
-    steps = np.zeros(minutes + 1, dtype=np.uint64)
-
-    def count(start: Ints, end: Ints, hashes: NDArray[np.uint64]) -> None:
-        first = np.clip((start - from_ms) // MINUTE_MS, 0, minutes)
-        last = np.clip(-((from_ms - end) // MINUTE_MS), first, minutes)
-        np.add.at(steps, first, hashes)
-        np.subtract.at(steps, last, hashes)
-
-    for table in (facts.placements, facts.geometries, facts.allocations, facts.commitments, facts.transfers):
-        start = table.column("start_ms").to_numpy().astype(np.int64)
-        end = table.column("end_ms").fill_null(OPEN_END_MS).to_numpy().astype(np.int64)
-        count(start, end, table.column("hash").to_numpy())
-    allocations = facts.allocations
-    open_ = np.flatnonzero(~allocations.column("end_ms").is_valid().to_numpy())
-    named = allocations.column("named_ms").fill_null(0).to_numpy().astype(np.int64)[open_]
-    start = allocations.column("start_ms").to_numpy().astype(np.int64)[open_]
-    hashes = allocations.column("hash").to_numpy()[open_]
-    never = np.full(len(open_), OPEN_END_MS)
-    count(np.maximum(start, named) + confirm_ms, never, hashes * np.uint64(3) + np.uint64(1))
-    ended = allocations.column("job_ended_ms").fill_null(0).to_numpy().astype(np.int64)[open_]
-    ends = ended > start
-    count(ended[ends], never[ends], hashes[ends] * np.uint64(5) + ended[ends].astype(np.uint64) * np.uint64(7))
-    return Fingerprints(np.bincount(at, minlength=minutes), fragments_hash, np.cumsum(steps, dtype=np.uint64)[:-1])
-
-
 class Recomputer:
     """Computes and writes slices of the ledger. Belongs to one thread."""
 
@@ -91,12 +60,19 @@ class Recomputer:
         """The ledger of whole minutes, from what is stored now; nothing is written."""
         complete_until_ms = self.complete_until_ms()
         facts = self._store.pool_facts(pool, from_ms, to_ms)
-        fragments = self._store.fragments(pool, from_ms, to_ms)
         rates = rates_from(self._store.rates(pool))
         buckets = self._buckets(pool, from_ms, to_ms, rates)
         window = Window(from_ms, to_ms, complete_until_ms, self._rules.confirm_ms, buckets)
-        prints = fingerprints(facts, fragments, from_ms, to_ms, self._rules.confirm_ms)
-        return recompute(facts, fragments, window), prints, rates
+        hashes = [_copied_hashes(_NO_FRAGMENTS)]
+
+        def parts() -> Iterator[pa.Table]:
+            for part in self._store.fragment_parts(pool, from_ms, to_ms):
+                hashes.append(_copied_hashes(part))
+                yield part
+
+        ledger = recompute(facts, parts(), window)
+        prints = fingerprints(facts, pa.concat_tables(hashes), from_ms, to_ms, self._rules.confirm_ms)
+        return ledger, prints, rates
 
     def complete_until_ms(self) -> int:
         """Minutes that end before this are complete."""
@@ -128,12 +104,13 @@ class Recomputer:
 
     def _write_minutes(self, ledger: Ledger, prints: Fingerprints, version: Version) -> int:
         written = self._insert("ledger_minute", "minute", ledger_rows.minute_rows(ledger, prints), version)
-        gpu = ledger_rows.gpu_minute_rows(ledger, prints)
-        return written + self._insert("ledger_gpu_minute", "minute", gpu, version, by_day=True)
+        for gpu in ledger_rows.gpu_minute_parts(ledger, prints):
+            written += self._insert("ledger_gpu_minute", "minute", gpu, version, by_day=True)
+        return written
 
     def _insert(self, table: str, column: str, rows: pa.Table, version: Version, *, by_day: bool = False) -> int:
         """Inserts rows sorted by `column` in blocks that hold all rows of each value and lie in one partition."""
-        stamped = stamp(rows, version)
+        stamped = stamp(digested(table, rows, column) if table in DIGESTED else rows, version)
         for start, end in _blocks(rows.column(column).cast(pa.int64()).to_numpy(), by_day):
             self._store.insert(table, stamped.slice(start, end - start))
         return rows.num_rows
@@ -154,8 +131,10 @@ class Recomputer:
             return 0
         by_bucket = ledger_rows.quantities(ledger)
         starts = window.buckets_ms[:-1].tolist()
+        prints = RatePrints(pool, rates)
         charges: list[Charges] = []
         estimate: list[bool] = []
+        rates_hashes: list[int] = []
         for start, end in price_intervals(
             pool, window.from_ms, window.to_ms, rates, self._rules.price_interval_minutes
         ):
@@ -164,10 +143,14 @@ class Recomputer:
             merged = ledger_rows.merge([by_bucket[n] for n in inside])
             charges.append(charge_interval(pool, start, until, merged, rates))
             estimate.append(until > window.complete_until_ms)
+            rates_hashes.append(prints.of(start, end))
         charges += self._gone(pool, window, {each.start_ms for each in charges})
         estimate += [False] * (len(charges) - len(estimate))
+        rates_hashes += [0] * (len(charges) - len(rates_hashes))
         order = sorted(range(len(charges)), key=lambda n: charges[n].start_ms)
-        rows = charges_table([charges[n] for n in order], [estimate[n] for n in order])
+        rows = charges_table(
+            [charges[n] for n in order], [estimate[n] for n in order], [rates_hashes[n] for n in order]
+        )
         return self._insert("charges", "interval_start", rows, version)
 
     def _gone(self, pool: str, window: Window, kept: set[int]) -> list[Charges]:
@@ -179,6 +162,22 @@ class Recomputer:
             {"pool": pool, "from_ms": window.from_ms, "to_ms": window.to_ms},
         )
         return [no_charges(pool, int(start), int(start)) for (start,) in rows if int(start) not in kept]
+
+
+_NO_FRAGMENTS = pa.table(
+    {"minute": pa.array([], type=pa.timestamp("ms", tz="UTC")), "hash": pa.array([], type=pa.uint64())}
+)
+
+
+def _copied_hashes(fragments: pa.Table) -> pa.Table:
+    """Minutes and hashes alone, in memory of their own: columns of an answer keep the whole answer alive."""
+    minutes = np.array(fragments.column("minute").cast(pa.int64()).to_numpy())
+    return pa.table(
+        {
+            "minute": pa.array(minutes).cast(_NO_FRAGMENTS.schema.field("minute").type),
+            "hash": pa.array(np.array(fragments.column("hash").to_numpy())),
+        }
+    )
 
 
 def _priced(pool: str, rates: Rates) -> bool:
