@@ -7,8 +7,9 @@ by telescoping differences, so that no cut of segments, minutes or ranges change
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -123,8 +124,11 @@ class _Cells:
     end: Ints
 
 
-def _sum(keys: tuple[Ints, ...], us: Ints, energy: Ints, blind: Ints) -> Amounts:
-    """Sums rows of equal keys, exactly, and drops the rows of which nothing is left."""
+def _sum(keys: tuple[Ints, ...], us: Ints, energy: Ints, blind: Ints, *, partly: bool = False) -> Amounts:
+    """Sums rows of equal keys, exactly, and drops the rows of which nothing is left.
+
+    `partly`: more rows of these keys are to come, so that a row without time and energy may still take some away.
+    """
     sizes = [int(key.max()) + 1 if len(key) else 1 for key in keys]
     combined = np.zeros(len(us), dtype=np.int64)
     for key, size in zip(keys, sizes, strict=True):
@@ -133,9 +137,18 @@ def _sum(keys: tuple[Ints, ...], us: Ints, energy: Ints, blind: Ints) -> Amounts
     sums = [np.zeros(len(unique), dtype=np.int64) for _ in range(3)]
     for total, values in zip(sums, (us, energy, blind), strict=True):
         np.add.at(total, inverse, values)
-    kept = np.flatnonzero((sums[0] != 0) | (sums[1] != 0))
+    kept = np.flatnonzero((sums[0] != 0) | (sums[1] != 0) | (partly & (sums[2] != 0)))
     rows = first[kept]
     return Amounts(tuple(key[rows] for key in keys), *(total[kept] for total in sums))
+
+
+def _stacked(parts: Sequence[Amounts]) -> tuple[tuple[Ints, ...], Ints, Ints, Ints]:
+    """The rows of all parts, one after the other: keys, us, energy, blind."""
+    keys = tuple(np.concatenate(columns) for columns in zip(*(part.keys for part in parts), strict=True))
+    us, energy, blind = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("us", "energy_mj", "blind_us")
+    )
+    return keys, us, energy, blind
 
 
 # ------------------------------------------------------------------------------------------------- telemetry
@@ -323,22 +336,24 @@ def _base(minute: Ints, window: Window) -> Ints:
     return np.where(complete, int(Activity.UNOBSERVED), int(Activity.PENDING))
 
 
-def _with_moves(
-    keys: tuple[Ints, ...], base: Ints, us: Ints, moved_keys: tuple[Ints, ...], moves: _Moves, moved_base: Ints
-) -> Amounts:
-    """Base rows, plus what was observed, less what was therefore not unobserved; `activity` becomes the last key."""
+def _unseen(keys: tuple[Ints, ...], base: Ints, us: Ints) -> Amounts:
+    """Rows of time as if nobody had seen it; `activity` becomes the last key."""
+    return Amounts((*keys, base), us, np.zeros(len(us), dtype=np.int64), us)
+
+
+def _seen(moved_keys: tuple[Ints, ...], moves: _Moves, moved_base: Ints) -> Amounts:
+    """What was observed, less what was therefore not unobserved; `activity` becomes the last key."""
     known = moves.energy >= 0
-    energy = np.where(known, moves.energy, 0)
-    nothing = np.zeros(len(us), dtype=np.int64)
     back = np.zeros(len(moves.us), dtype=np.int64)
     return _sum(
         (
-            *(np.concatenate([key, moved, moved]) for key, moved in zip(keys, moved_keys, strict=True)),
-            np.concatenate([base, moves.activity, moved_base]),
+            *(np.concatenate([moved, moved]) for moved in moved_keys),
+            np.concatenate([moves.activity, moved_base]),
         ),
-        np.concatenate([us, moves.us, -moves.us]),
-        np.concatenate([nothing, energy, back]),
-        np.concatenate([us, np.where(known, 0, moves.us), -moves.us]),
+        np.concatenate([moves.us, -moves.us]),
+        np.concatenate([np.where(known, moves.energy, 0), back]),
+        np.concatenate([np.where(known, 0, moves.us), -moves.us]),
+        partly=True,
     )
 
 
@@ -360,21 +375,13 @@ def _minute_matrix(entries: _Entries, account: Ints, accounts: int, minutes: int
     return np.cumsum(steps, axis=1)[:, :-1]
 
 
-def _by_minute(entries: _Entries, account: Ints, accounts: int, moves: _Moves, window: Window) -> tuple[Amounts, Ints]:
-    """Rows by (minute, account, activity), and GPU-us in service per minute."""
+def _by_minute(entries: _Entries, account: Ints, accounts: int, window: Window) -> tuple[Amounts, Ints]:
+    """Rows by (minute, account, activity) as if nothing had been seen, and GPU-us in service per minute."""
     matrix = _minute_matrix(entries, account, accounts, window.minutes)
     row, minute = np.nonzero(matrix)
     first_open = (window.complete_until_ms // MINUTE_MS * MINUTE_MS - window.from_ms) // MINUTE_MS
     base = np.where(minute < first_open, int(Activity.UNOBSERVED), int(Activity.PENDING))
-    amounts = _with_moves(
-        (minute, row),
-        base,
-        matrix[row, minute],
-        (moves.minute, account[moves.entry]),
-        moves,
-        entries.base[moves.entry],
-    )
-    return amounts, matrix.sum(axis=0)
+    return _unseen((minute, row), base, matrix[row, minute]), matrix.sum(axis=0)
 
 
 T = TypeVar("T", bound=tuple[object, ...])
@@ -394,18 +401,92 @@ def _hours(window: Window) -> Ints:
     return (np.concatenate([[window.from_ms], inner, [window.to_ms]]) - window.from_ms) // MINUTE_MS
 
 
-def recompute(facts: PoolFacts, fragments: pa.Table, window: Window) -> Ledger:
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """What a ledger is summed up in; keys as in `Ledger`."""
+
+    by_minute: Amounts
+    by_gpu_minute: Amounts
+    by_gpu_hour: Amounts
+    by_job: Amounts
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What facts alone decide: the pieces with their entries, what sums are made by, and the bounds of hours and of
+    buckets in minutes of the window."""
+
+    window: Window
+    spans: Spans
+    cut: Pieces
+    entries: _Entries
+    account: Ints
+    job: Ints
+    use: Ints
+    hours: Ints
+    buckets: Ints
+
+    def unseen(self, accounts: int) -> tuple[_Sums, Ints]:
+        """The sums as if nothing had been seen, and GPU-us in service per minute."""
+        entries = self.entries
+        by_minute, service_us = _by_minute(entries, self.account, accounts, self.window)
+        entry, hour, us = _per_bucket(entries, self.hours)
+        by_gpu_hour = _unseen((hour, entries.gpu[entry], self.use[entry]), entries.base[entry], us)
+        entry, bucket, us = _per_bucket(entries, self.buckets)
+        by_job = _unseen((bucket, self.job[entry]), entries.base[entry], us)
+        none = np.empty(0, dtype=np.int64)
+        nothing = Amounts((none, none, none, none), none, none, none)
+        return _Sums(by_minute, nothing, by_gpu_hour, by_job), service_us
+
+    def seen(self, fragments: pa.Table) -> _Sums:
+        """What these fragments change in the sums; `by_gpu_minute` is whole for their minutes."""
+        window, entries = self.window, self.entries
+        seen = observed(fragments, {gpu: n for n, gpu in enumerate(self.spans.gpus)})
+        cells = _cells(seen, self.cut)
+        found = _moves(seen, self.cut, cells, self.spans, window)
+        minute = found.minute - window.from_ms // MINUTE_MS
+        moves = _Moves(found.entry, minute, found.activity, found.us, found.energy)
+        base = entries.base[moves.entry]
+        return _Sums(
+            by_minute=_seen((moves.minute, self.account[moves.entry]), moves, base),
+            by_gpu_minute=_by_gpu_minute(entries, self.use, self.cut, cells, moves, window),
+            by_gpu_hour=_seen(_moved(self.hours, moves, entries.gpu, self.use), moves, base),
+            by_job=_seen(_moved(self.buckets, moves, self.job), moves, base),
+        )
+
+
+def _total(parts: Iterable[_Sums]) -> _Sums:
+    """The sums of all parts; only what they come to is kept of the parts before."""
+    kept: _Sums | None = None
+    minutes: list[Amounts] = []
+    for part in parts:
+        minutes.append(part.by_gpu_minute)
+        if kept is None:
+            kept = part
+            continue
+        by_minute, by_gpu_hour, by_job = (
+            _sum(*_stacked([getattr(kept, name), getattr(part, name)]), partly=True)
+            for name in ("by_minute", "by_gpu_hour", "by_job")
+        )
+        kept = _Sums(by_minute, part.by_gpu_minute, by_gpu_hour, by_job)
+    assert kept is not None
+    by_gpu_minute = Amounts(*_stacked(minutes))
+    by_minute, by_gpu_hour, by_job = (
+        _sum(each.keys, each.us, each.energy_mj, each.blind_us)
+        for each in (kept.by_minute, kept.by_gpu_hour, kept.by_job)
+    )
+    return _Sums(by_minute, by_gpu_minute, by_gpu_hour, by_job)
+
+
+def recompute(facts: PoolFacts, fragments: pa.Table | Iterable[pa.Table], window: Window) -> Ledger:
     """The ledger of a pool over the window.
 
     `fragments`: rows of the table `fragments` (at least `FRAGMENT_COLUMNS`) with minutes inside the window, each once;
-    of GPUs that are not of the pool too, they are left out.
+    of GPUs that are not of the pool too, they are left out. Or parts of them in the order of time, each with all that
+    there is of its minutes: a part is let go before the next is asked for, so memory is that of the largest part.
     """
     found = spans(facts, window.from_ms, window.to_ms, window.confirm_ms)
     cut = pieces(found, window.complete_until_ms)
-    seen = observed(fragments, {gpu: n for n, gpu in enumerate(found.gpus)})
-    cells = _cells(seen, cut)
-    moves = _moves(seen, cut, cells, found, window)
-    moves = _Moves(moves.entry, moves.minute - window.from_ms // MINUTE_MS, moves.activity, moves.us, moves.energy)
     entries = _entries(cut, window)
     holders, unconfirmed = found.holders, found.holders.unconfirmed.tolist()
     account_of, accounts = _code(list(zip(holders.tenant, unconfirmed, strict=True)))
@@ -413,24 +494,14 @@ def recompute(facts: PoolFacts, fragments: pa.Table, window: Window) -> Ledger:
     instances = holders.instance.tolist()
     use_of, uses = _code(list(zip(holders.tenant, holders.job_id, instances, unconfirmed, strict=True)))
     account, job, use = (code[entries.holder] for code in (account_of, job_of, use_of))
-    moved_base = entries.base[moves.entry]
-
-    by_minute, service_us = _by_minute(entries, account, len(accounts) + 2, moves, window)
-    by_gpu_minute = _by_gpu_minute(entries, use, cut, cells, moves, window)
-    hours = _hours(window)
-    entry, hour, us = _per_bucket(entries, hours)
-    by_gpu_hour = _with_moves(
-        (hour, entries.gpu[entry], use[entry]),
-        entries.base[entry],
-        us,
-        _moved(hours, moves, entries.gpu, use),
-        moves,
-        moved_base,
-    )
     buckets = (window.buckets_ms - window.from_ms) // MINUTE_MS
-    entry, bucket, us = _per_bucket(entries, buckets)
-    by_job = _with_moves((bucket, job[entry]), entries.base[entry], us, _moved(buckets, moves, job), moves, moved_base)
+    frame = _Frame(window, found, cut, entries, account, job, use, _hours(window), buckets)
+
+    unseen, service_us = frame.unseen(len(accounts) + 2)
+    parts = [fragments] if isinstance(fragments, pa.Table) else fragments
+    sums = _total(chain([unseen], map(frame.seen, parts)))
     conflicts = list(found.conflicts)
+    by_minute = sums.by_minute
     nobody = by_minute.keys[1] >= len(accounts)
     unallocated_mj = np.zeros(window.minutes, dtype=np.int64)
     blind = np.zeros(window.minutes, dtype=np.int64)
@@ -445,9 +516,9 @@ def recompute(facts: PoolFacts, fragments: pa.Table, window: Window) -> Ledger:
         uses=uses,
         service_us=service_us,
         by_minute=by_minute,
-        by_gpu_minute=by_gpu_minute,
-        by_gpu_hour=by_gpu_hour,
-        by_job=by_job,
+        by_gpu_minute=sums.by_gpu_minute,
+        by_gpu_hour=sums.by_gpu_hour,
+        by_job=sums.by_job,
         unheld=unheld(facts, found, cut, window.from_ms, window.to_ms, conflicts),
         unallocated_mj=unallocated_mj,
         unallocated_blind_us=blind,
@@ -465,14 +536,9 @@ def _by_gpu_minute(entries: _Entries, use: Ints, cut: Pieces, cells: _Cells, mov
     row, position = expand(cut.offsets[cells.piece + 1] - cut.offsets[cells.piece])
     entry = cut.offsets[cells.piece[row]] + position
     minute = cells.minute[row] - window.from_ms // MINUTE_MS
-    return _with_moves(
-        (minute, entries.gpu[entry], use[entry]),
-        entries.base[entry],
-        entries.amount[entry],
-        (moves.minute, entries.gpu[moves.entry], use[moves.entry]),
-        moves,
-        entries.base[moves.entry],
-    )
+    unseen = _unseen((minute, entries.gpu[entry], use[entry]), entries.base[entry], entries.amount[entry])
+    keys = moves.minute, entries.gpu[moves.entry], use[moves.entry]
+    return _sum(*_stacked([unseen, _seen(keys, moves, entries.base[moves.entry])]))
 
 
 def kinds(names: Sequence[tuple[str, bool]]) -> list[str]:

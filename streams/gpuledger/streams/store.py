@@ -5,7 +5,7 @@ One `Store` belongs to one thread. Every insert is one block inside one partitio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import clickhouse_connect
@@ -18,7 +18,7 @@ from gpuledger.schemas.config import ClickHouse
 from gpuledger.schemas.events import AssetCost, EnergyTariff, RateCard, Tenant, decode_event
 from gpuledger.streams.holders import OPEN_END_MS, PoolFacts
 
-__all__ = ["Rate", "Store", "is_io_error"]
+__all__ = ["PART_FRAGMENTS", "Rate", "Store", "is_io_error"]
 
 Rate = AssetCost | EnergyTariff | RateCard
 
@@ -27,6 +27,10 @@ Rate = AssetCost | EnergyTariff | RateCard
 _INSERT_SETTINGS = {"input_format_null_as_default": 0, "input_format_skip_unknown_fields": 0, "async_insert": 0}
 #: An insert above this may be cut into several parts, of which a crash could leave some.
 MAX_BLOCK_ROWS = 500_000
+#: Fragments that one read brings, about. What a slice holds in memory must depend neither on the length of its range
+#: nor on how far the open hour has come; more in one read makes no slice quicker.
+PART_FRAGMENTS = 50_000
+_MINUTE_MS = 60_000
 #: Names in one bound array parameter.
 _MAX_NAMES = 5_000
 #: ClickHouse codes that are a matter of load or of being away, not of the data.
@@ -95,7 +99,12 @@ _FRAGMENTS = f"""
     {_FRAGMENTS_OF}
     SETTINGS do_not_merge_across_partitions_select_final = 1
 """
-#: The same hash, added up by the server: an audit of a day must not fetch the day.
+#: How many there are, or a few more: versions of one row that were not merged yet count each.
+_FRAGMENT_COUNTS = f"""
+    SELECT toUnixTimestamp64Milli(minute) AS at_ms, count() {_FRAGMENTS_OF.replace("FINAL", "")}
+    GROUP BY minute ORDER BY minute
+"""
+#: The hash of each minute's fragments, added up by the server: an audit of a day must not fetch the day.
 _FRAGMENT_PRINTS = f"""
     SELECT toUnixTimestamp64Milli(minute) AS at_ms, count() AS fragments, sum({_FRAGMENT_HASH}) AS hash
     {_FRAGMENTS_OF}
@@ -226,6 +235,20 @@ class Store:
     def fragments(self, pool: str, from_ms: int, to_ms: int) -> pa.Table:
         """Fragments of the pool's GPUs with minutes in [from_ms, to_ms), each once, and their `hash`."""
         return self.table(_FRAGMENTS, {"pool": pool, "from_ms": from_ms, "to_ms": to_ms})
+
+    def fragment_parts(self, pool: str, from_ms: int, to_ms: int) -> Iterator[pa.Table]:
+        """The same in the order of time, in parts of whole minutes that hold about `PART_FRAGMENTS` rows; nothing is
+        read of minutes that had none when the first part was asked for."""
+        parameters = {"pool": pool, "from_ms": from_ms, "to_ms": to_ms}
+        start_ms, end_ms, rows = from_ms, from_ms, 0
+        for at_ms, count in self.rows(_FRAGMENT_COUNTS, parameters):
+            if rows and rows + int(count) > PART_FRAGMENTS:
+                yield self.fragments(pool, start_ms, end_ms)
+                rows = 0
+            start_ms = start_ms if rows else int(at_ms)
+            end_ms, rows = int(at_ms) + _MINUTE_MS, rows + int(count)
+        if rows:
+            yield self.fragments(pool, start_ms, end_ms)
 
     def fragment_prints(self, pool: str, from_ms: int, to_ms: int) -> pa.Table:
         """Of each minute that has fragments: at_ms, their number, and the sum of their hashes modulo 2^64."""
