@@ -26,7 +26,7 @@ __all__ += ["gpu_minute_rows", "job_hour_rows", "merge", "minute_rows", "quantit
 Ints = NDArray[np.int64]
 
 #: Rows of GPUs by minute that are made at once.
-_GPU_ROWS = 20_000
+GPU_ROWS = 20_000
 _NONE = np.empty(0, dtype=np.int64)
 
 _TIME = pa.timestamp("ms", tz="UTC")
@@ -250,7 +250,7 @@ def gpu_minute_rows(ledger: Ledger, prints: Fingerprints) -> pa.Table:
 
 
 def gpu_minute_parts(ledger: Ledger, prints: Fingerprints) -> Iterator[pa.Table]:
-    """The same in the order of time, in tables of whole minutes and about `_GPU_ROWS` rows."""
+    """The same in the order of time, in tables of whole minutes and about `GPU_ROWS` rows."""
     window, amounts = ledger.window, ledger.by_gpu_minute
     at = window.from_ms + np.arange(window.minutes) * MINUTE_MS
     written = np.flatnonzero((at < window.complete_until_ms // MINUTE_MS * MINUTE_MS) & (prints.fragments > 0))
@@ -258,7 +258,7 @@ def gpu_minute_parts(ledger: Ledger, prints: Fingerprints) -> Iterator[pa.Table]
     last = np.searchsorted(amounts.keys[0], written, side="right")
     begin = 0
     while begin < len(written):
-        until = int(np.searchsorted(np.cumsum(last[begin:] - first[begin:]), _GPU_ROWS)) + 1 + begin
+        until = int(np.searchsorted(np.cumsum(last[begin:] - first[begin:]), GPU_ROWS)) + 1 + begin
         minutes = written[begin:until]
         kept = amounts.take(np.flatnonzero(np.isin(amounts.keys[0], minutes)))
         yield _gpu_rows(ledger, kept, at[kept.keys[0]], "minute", at[minutes])
