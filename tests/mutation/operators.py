@@ -296,6 +296,6 @@ class _Finder(ast.NodeVisitor):
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if node.attr in _FUNCTIONS:
-            start, end = self.span(node)
+            _, end = self.span(node)
             self.add("function", node, _FUNCTIONS[node.attr], (end - len(node.attr), end))
         self.visit(node.value)

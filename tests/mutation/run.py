@@ -7,6 +7,7 @@ machine decides nothing.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -169,19 +170,9 @@ def _tests_fail(target: Target) -> str:
     hypothesis.settings.register_profile("mutation", derandomize=True, database=None, phases=phases)
     hypothesis.settings.load_profile("mutation")
     first = _FirstFailure()
-    arguments = [
-        "-x",
-        "-q",
-        "--noconftest",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-o",
-        "addopts=",
-        *target.tests,
-    ]
-    code = int(pytest.main(arguments, plugins=[first]))
+    # No plugins, no fixtures of the project, nothing written: a test that needs more does not belong here.
+    arguments = ["-x", "-q", "--noconftest", "--assert=plain", "-p", "no:cacheprovider", "-o", "addopts="]
+    code = int(pytest.main([*arguments, *target.tests], plugins=[first]))
     if code == 0:
         return ""
     return first.name or f"pytest ended with {code}"
@@ -192,6 +183,8 @@ def _tests_fail(target: Target) -> str:
 
 def _load(targets: Sequence[Target]) -> None:
     """Loads what the tests import, then forgets all of the project, so that a child imports only that again."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pandas")  # pyarrow loads it when it is first used, where it is installed
     for target in targets:
         for path in target.tests:
             importlib.import_module(path.removesuffix(".py").replace("/", "."))
@@ -273,7 +266,7 @@ def run(chosen: Sequence[Candidate], processes: int) -> Iterator[Outcome]:
         BaselineError: the tests of a module fail without a mutation.
     """
     os.chdir(ROOT)
-    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     targets = [target for target in TARGETS if any(one.target == target for one in chosen)]
     sources = {target.name: target.source for target in targets}
     _load(targets)

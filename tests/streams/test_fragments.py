@@ -276,7 +276,7 @@ def test_each_batch_has_its_own_threshold() -> None:
 
 
 def test_utilisation_decides_where_sm_activity_is_not_known() -> None:
-    util = [sample(at * 10 * S, sm_active=None, gpu_util_pct=pct) for at, pct in enumerate((25.0, 24.0), start=1)]
+    util = [sample(at * 10 * S, sm_active=None, gpu_util_pct=pct) for at, pct in enumerate((25.0, 24.9), start=1)]
     assert activities(*util, active_threshold=0.25) == [ACTIVE, IDLE]
     # SM activity wins where both are known, either way.
     both = [sample(10 * S, sm_active=0.9, gpu_util_pct=0.0), sample(20 * S, sm_active=0.0, gpu_util_pct=100.0)]
@@ -325,7 +325,7 @@ def test_another_bin_of_power_begins_a_segment() -> None:
     assert segments(24_999, 25_000) == 2
     assert segments(25_000, 49_999, 25_000) == 1
     assert segments(49_999, 50_000) == 2
-    assert segments(100_000, 10_000) == 2
+    assert segments(100_000, 10_000, 10_000) == 2
 
 
 def test_power_is_energy_by_the_length_of_the_interval() -> None:
@@ -348,6 +348,10 @@ def test_energy_not_known_is_no_power_of_zero() -> None:
     (row,) = rows(message([gpu(energy_mj=5)], sample(10 * S, 5), sample(20 * S)))
     assert timeline(row) == [(0, 10 * S, ACTIVE, 5, 5), (10 * S, 10 * S, ACTIVE, None, None)]
     assert (row["energy_first_mj"], row["energy_last_mj"]) == (5, None)
+    # Nor is it any other power.
+    for watts in (0, 10, 30, 60):
+        (row,) = rows(message([gpu(energy_mj=0)], sample(10 * S, watts * 10 * S), sample(20 * S)))
+        assert len(timeline(row)) == 2
 
 
 def test_segments_of_two_fragments_stay_apart() -> None:
@@ -373,6 +377,15 @@ def test_an_interval_with_one_reading_has_no_known_energy() -> None:
     assert timeline(row) == [(0, 30 * S, ACTIVE, None, None)]
     (row,) = rows(message([gpu(energy_mj=0)], sample(10 * S, 0)))
     assert timeline(row) == [(0, 10 * S, ACTIVE, 0, 0)]
+
+
+def test_a_counter_that_jumps_is_cut_exactly() -> None:
+    # 2^53 mJ in 45 s, of which 30 s are covered, with a minute's border after 5 of them: floor(2^53 / 3) and
+    # floor(2^53 x 20 / 45), whose products need 68 bits.
+    sent = message([gpu(previous=40 * S, energy_mj=0)], sample(85 * S, 1 << 53))
+    first, second = rows(sent)
+    assert timeline(first) == [(55 * S, 5 * S, ACTIVE, 3002399751580330, 4003199668773774)]
+    assert timeline(second) == [(0, 25 * S, ACTIVE, 4003199668773774, 1 << 53)]
 
 
 def test_an_instance_has_no_energy_of_its_own() -> None:

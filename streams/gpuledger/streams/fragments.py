@@ -23,6 +23,8 @@ Ints = NDArray[np.int64]
 MINUTE_MS = 60_000
 #: Samples of one activity merge while their mean power falls into the same bin of this width.
 SLOPE_BIN_MW = 25_000
+#: In arrays of times and counters, which are never negative.
+_UNKNOWN = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Fragments:
 
 @dataclass(slots=True)
 class _Pieces:
-    """Covered intervals, one minute each, sorted by (device, start). Energies are -1 where not known."""
+    """Covered intervals, one minute each, sorted by (device, start). Energies are `_UNKNOWN` where not known."""
 
     device: Ints
     sample: Ints
@@ -58,13 +60,14 @@ def _column(block: TelemetryBlock, name: str, order: Ints) -> tuple[NDArray[np.f
 
 
 def _integers(block: TelemetryBlock, name: str, order: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+    """The values, 0 where they are not known, and where they are."""
     column = block.columns.column(name)
     known = column.is_valid().to_numpy()[order]
     return column.fill_null(0).to_numpy()[order].astype(np.int64), known
 
 
 def _or_unknown(values: list[int | None]) -> Ints:
-    return np.array([-1 if value is None else value for value in values], dtype=np.int64)
+    return np.array([_UNKNOWN if value is None else value for value in values], dtype=np.int64)
 
 
 def _activities(block: TelemetryBlock, order: Ints) -> NDArray[np.uint8]:
@@ -82,10 +85,10 @@ def _activities(block: TelemetryBlock, order: Ints) -> NDArray[np.uint8]:
 
 def _linear(at: Ints, start: Ints, end: Ints, first: Ints, last: Ints) -> Ints:
     """floor of the energy at `at` on the line from (start, first) to (end, last)."""
-    rise, run, width = last - first, at - start, np.maximum(end - start, 1)
+    rise, run, width = last - first, at - start, end - start
     found = first + (rise * run) // width
     # A counter that jumps, or was read days apart, needs more than 64 bits in between.
-    long = np.flatnonzero(np.abs(rise.astype(np.float64) * run) >= 2.0**62)
+    long = np.flatnonzero(rise.astype(np.float64) * run >= 2.0**62)
     for n in long.tolist():
         found[n] = int(first[n]) + int(rise[n]) * int(run[n]) // int(width[n])
     return found
@@ -93,7 +96,7 @@ def _linear(at: Ints, start: Ints, end: Ints, first: Ints, last: Ints) -> Ints:
 
 def _cover(block: TelemetryBlock) -> tuple[_Pieces, Ints]:
     """The covered intervals of all samples, cut at minutes, and the order of the samples they refer to."""
-    base = np.cumsum([0] + [len(header.devices) for header in block.headers])[:-1]
+    base = np.cumsum([0] + [len(header.devices) for header in block.headers])
     raw_device = base[block.message] + block.columns.column("device").to_numpy()
     raw_ts = block.columns.column("ts_ms").to_numpy()
     order = np.lexsort((raw_ts, raw_device))
@@ -106,7 +109,7 @@ def _cover(block: TelemetryBlock) -> tuple[_Pieces, Ints]:
     period = np.array([header.period_ms for header in block.headers], dtype=np.int64)[block.message[order]]
 
     energy, energy_known = _integers(block, "energy_mj", order)
-    energy = np.where(energy_known & whole[device], energy, -1)
+    energy = np.where(energy_known & whole[device], energy, _UNKNOWN)
     first = np.ones(len(ts), dtype=bool)
     first[1:] = device[1:] != device[:-1]
     before = np.where(first, previous_ts[device], np.roll(ts, 1))
@@ -114,9 +117,9 @@ def _cover(block: TelemetryBlock) -> tuple[_Pieces, Ints]:
 
     lo = np.maximum(before, ts - PERIODS_COVERED * period)
     # A counter that ran backwards starts a new span: the energy of that interval is not known.
-    known = (energy >= 0) & (energy_before >= 0) & (energy >= energy_before)
-    energy_lo = np.where(known, _linear(lo, np.where(known, before, lo), ts, energy_before, energy), -1)
-    covered = np.flatnonzero(before >= 0)
+    known = (energy_before != _UNKNOWN) & (energy >= energy_before)
+    line_start = np.where(known, before, lo)
+    covered = np.flatnonzero(before != _UNKNOWN)
 
     first_minute, last_minute = lo[covered] // MINUTE_MS, (ts[covered] - 1) // MINUTE_MS
     count = last_minute - first_minute + 1
@@ -126,16 +129,15 @@ def _cover(block: TelemetryBlock) -> tuple[_Pieces, Ints]:
     start = np.maximum(lo[sample], minute * MINUTE_MS)
     end = np.minimum(ts[sample], (minute + 1) * MINUTE_MS)
     is_known = known[sample]
-    energy_from = _linear(start, lo[sample], ts[sample], energy_lo[sample], energy[sample])
-    energy_to = _linear(end, lo[sample], ts[sample], energy_lo[sample], energy[sample])
+    line = line_start[sample], ts[sample], energy_before[sample], energy[sample]
     pieces = _Pieces(
         device=device[sample],
         sample=sample,
         start=start,
         end=end,
         activity=_activities(block, order)[sample],
-        energy_from=np.where(is_known, energy_from, -1),
-        energy_to=np.where(is_known, energy_to, -1),
+        energy_from=np.where(is_known, _linear(start, *line), _UNKNOWN),
+        energy_to=np.where(is_known, _linear(end, *line), _UNKNOWN),
         last_of_sample=nth == np.repeat(count, count) - 1,
     )
     return pieces, order
@@ -144,12 +146,12 @@ def _cover(block: TelemetryBlock) -> tuple[_Pieces, Ints]:
 def _runs(pieces: _Pieces, group_start: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """True where a piece begins a new segment: another group, activity, power bin, or not adjacent."""
     duration = pieces.end - pieces.start
-    known = pieces.energy_from >= 0
-    power_mw = np.where(known, (pieces.energy_to - pieces.energy_from) * 1000 // np.maximum(duration, 1), -SLOPE_BIN_MW)
-    power_bin = power_mw // SLOPE_BIN_MW
-    new = group_start.copy()
-    new[1:] |= (
-        (pieces.activity[1:] != pieces.activity[:-1])
+    power_mw = (pieces.energy_to - pieces.energy_from) * 1000 // duration
+    power_bin = np.where(pieces.energy_from == _UNKNOWN, _UNKNOWN, power_mw // SLOPE_BIN_MW)
+    new = np.ones(len(group_start), dtype=bool)
+    new[1:] = (
+        group_start[1:]
+        | (pieces.activity[1:] != pieces.activity[:-1])
         | (pieces.start[1:] != pieces.end[:-1])
         | (power_bin[1:] != power_bin[:-1])
     )
@@ -183,9 +185,9 @@ def _gauges(block: TelemetryBlock, order: Ints, pieces: _Pieces, groups: Ints) -
 def _power_integral(block: TelemetryBlock, order: Ints, pieces: _Pieces, groups: Ints) -> pa.Array:
     """Millijoules of integrated power over the pieces where it is known; NULL where it never is."""
     power_mw, known = _integers(block, "power_mw", order)
-    use = known[pieces.sample]
-    microjoules = np.add.reduceat(np.where(use, power_mw[pieces.sample] * (pieces.end - pieces.start), 0), groups)
-    return pa.array(microjoules // 1000, type=pa.int64(), mask=~np.logical_or.reduceat(use, groups))
+    microjoules = np.add.reduceat(power_mw[pieces.sample] * (pieces.end - pieces.start), groups)
+    ever = np.logical_or.reduceat(known[pieces.sample], groups)
+    return pa.array(microjoules // 1000, type=pa.int64(), mask=~ever)
 
 
 def _segments(pieces: _Pieces, group_start: NDArray[np.bool_]) -> tuple[dict[str, pa.Array], Ints]:
@@ -214,8 +216,6 @@ def fragments(block: TelemetryBlock) -> Fragments | None:
     A sample covers [max(previous sample, ts - 3 periods), ts). Segments of a fragment do not overlap and are in order;
     energy between two readings is linear and cut by floor, so no cut changes a sum.
     """
-    if len(block.message) == 0:
-        return None
     pieces, order = _cover(block)
     if len(pieces.start) == 0:
         return None
