@@ -261,7 +261,7 @@ def _check_minute(field: str, value: int | None) -> None:
 
 
 #: Beyond it a number is a slip, and "1e999999" would keep a process busy for hours.
-_DECIMAL_LIMIT = Decimal(10**20)
+_DECIMAL_DIGITS = 20
 
 
 def _check_decimal(field: str, value: Decimal | None, places: int) -> None:
@@ -271,7 +271,7 @@ def _check_decimal(field: str, value: Decimal | None, places: int) -> None:
     if not value.is_finite():
         raise ValueError(f"{field}: {value} is not a number")
     exponent = value.as_tuple().exponent
-    if abs(value) >= _DECIMAL_LIMIT:
+    if value.adjusted() >= _DECIMAL_DIGITS:  # comparing could overflow
         raise ValueError(f"{field}: {value} is too large; check the decimal point and the unit")
     if isinstance(exponent, int) and exponent < -places:
         raise ValueError(f"{field}: {value} has more than {places} decimals; round it")
