@@ -130,16 +130,24 @@ def test_other_integer_types_are_widened_first() -> None:
 
 def test_sums_of_weights_around_2_to_the_62() -> None:
     # Each group's sum decides alone whether 64 bits are enough: far below, just below, at, and beyond 64 bits.
-    groups = [[1, 2], [2**61, 2**61 - 1], [2**61, 2**61], [HUGE, HUGE, HUGE], [2**32 - 1] * 3]
-    ids = np.repeat(np.arange(5), [len(weights) for weights in groups])
+    groups = [[1, 2], [2**61, 2**61 - 1], [2**61, 2**61], [HUGE, HUGE, HUGE], [2**32 - 1] * 3, [2**61] * 5]
+    ids = np.repeat(np.arange(6), [len(weights) for weights in groups])
     flat = array([weight for weights in groups for weight in weights])
-    parts = apportion_groups(array([7, 7, 7, 8, 7]), ids, flat)
-    assert parts.tolist() == [2, 5, 4, 3, 4, 3, 3, 3, 2, 3, 2, 2]
+    parts = apportion_groups(array([7, 7, 7, 8, 7, 6]), ids, flat)
+    assert parts.tolist() == [2, 5, 4, 3, 4, 3, 3, 3, 2, 3, 2, 2, 2, 1, 1, 1, 1]
+    for total, weights in zip((7, 7, 7, 8, 7, 6), groups, strict=True):
+        assert largest_remainder(total, array(weights)).tolist() == largest_remainder_exact(total, weights)
+
+
+def test_a_group_without_weight_divides_nothing_by_nothing() -> None:
+    with np.errstate(all="raise"):
+        assert apportion_groups(array([0, 4]), np.array([0, 0, 1]), array([0, 0, 1])).tolist() == [0, 0, 4]
 
 
 def test_a_total_beyond_64_bits_is_refused_here_and_divided_exactly_there() -> None:
-    with pytest.raises(ValueError, match="does not fit"):
-        largest_remainder(2**63, array([1, 1]))
+    for total in (2**63, -(2**63), 2**64):
+        with pytest.raises(ValueError, match="does not fit"):
+            largest_remainder(total, array([1, 1]))
     assert largest_remainder_exact(2**70 + 1, [1, 1]) == [2**69 + 1, 2**69]
 
 

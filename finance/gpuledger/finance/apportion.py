@@ -128,13 +128,12 @@ def _apportion(
     whole: NDArray[np.int64],
 ) -> NDArray[np.int64]:
     """`apportion_groups` where every |total| and every sum of weights is below 2^62."""
-    if len(weights) == 0:
-        return np.zeros(0, dtype=np.int64)
     amounts = np.abs(totals)
     divisor = np.maximum(whole, 1)  # groups without weight have the total 0: 0 / 1
     parts, remainders = divide_products(amounts[group], weights, divisor[group])
     missing = amounts - _sums(parts, starts)
-    candidates = np.flatnonzero((remainders > 0) & (missing > 0)[group])
+    # Where a group's parts miss n, more than n of its rows have a remainder: the remainders sum to n divisors.
+    candidates = np.flatnonzero(remainders)
     if len(candidates):
         of = group[candidates]
         # lexsort is stable, so equal remainders keep the order of their positions.
