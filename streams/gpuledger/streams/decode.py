@@ -7,7 +7,7 @@ A message that does not follow the contract is returned with its reason; the oth
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,10 +16,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gpuledger.schemas.exceptions import MessageError
-from gpuledger.schemas.telemetry import COLUMNS, HEADER_KEY, MAX_CLOCK_AHEAD_MS, BatchHeader, decode_header
+from gpuledger.schemas.telemetry import COLUMNS, GAUGES, HEADER_KEY, MAX_CLOCK_AHEAD_MS, BatchHeader, decode_header
 from gpuledger.streams.batch_checks import MAX_HEADER_BYTES, MAX_ROWS, check_header, check_rows, suspects
+from gpuledger.streams.layouts import Layout, Layouts, layout_of, read
 
-__all__ = ["TelemetryBlock", "TelemetryMessage", "decode_block", "telemetry_schema"]
+__all__ = ["READ_COLUMNS", "TelemetryBlock", "TelemetryMessage", "decode_block", "telemetry_schema"]
+
+Ints = NDArray[np.int64]
+
+#: The columns of the contract that the ledger reads; the others are checked and left where they are.
+READ_COLUMNS = ("ts_ms", "device", "down_cause", "energy_mj", *GAUGES)
 
 _MAX_SCHEMA_BYTES = 1 << 16
 _MOST_SCHEMAS = 64
@@ -48,9 +54,9 @@ class TelemetryMessage(Protocol):
 class TelemetryBlock:
     """The accepted messages of a block.
 
-    `columns` has the rows of all messages one after another; `message` (int64, one per row) is the index of a row's
-    message in `headers` and `appended_ms`. `source` maps it to the index in the block that was given to
-    `decode_block`. `rejected` are (index in the block, reason).
+    `columns` has READ_COLUMNS of the rows of all messages one after another, in one chunk; `message` (int64, one per
+    row) is the index of a row's message in `headers` and `appended_ms`. `source` maps it to the index in the block that
+    was given to `decode_block`. `rejected` are (index in the block, reason).
     """
 
     headers: list[BatchHeader]
@@ -68,6 +74,8 @@ def telemetry_schema() -> pa.Schema:
 
 
 _EXPECTED = telemetry_schema()
+_READ = pa.schema([_EXPECTED.field(name) for name in READ_COLUMNS])
+_layouts = Layouts()
 #: Schema bytes → the schema, and whether it is the contract's, column by column.
 _known_schemas: dict[bytes, tuple[pa.Schema, bool]] = {}
 
@@ -122,6 +130,7 @@ def _is_compressed(value: bytes, at: int) -> bool:
 
 
 def _decode_rows(value: bytes | None) -> pa.RecordBatch:
+    """The batch of one message as Arrow reads it. What it has learned of the message's layout is kept."""
     if not value:
         raise MessageError("value: is empty; expected an Arrow IPC stream with one record batch")
     cut = _schema_length(value)
@@ -141,6 +150,7 @@ def _decode_rows(value: bytes | None) -> pa.RecordBatch:
     if rest not in _ENDS:
         raise MessageError(f"value: {len(rest)} bytes after its record batch; a message holds one batch")
     if as_expected:
+        _learn(value, cut + 8 + _I32.unpack_from(value, cut + 4)[0], rest, batch)
         return batch
     rows = batch.num_rows
     arrays = [
@@ -150,15 +160,75 @@ def _decode_rows(value: bytes | None) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=_EXPECTED)
 
 
+def _learn(value: bytes, body: int, rest: bytes, batch: pa.RecordBatch) -> None:
+    if _layouts.is_wanted(value, body):
+        layout = layout_of(value, body, rest, batch, READ_COLUMNS)
+        if layout is not None:
+            _layouts.add(layout)
+
+
+class _Rows:
+    """Gathers the rows of the messages that are kept, and gives them in the order of the messages."""
+
+    def __init__(self) -> None:
+        self._batches: list[pa.RecordBatch] = []
+        self._of_batches: list[int] = []
+        self._alike: dict[int, tuple[Layout, list[int], list[bytes]]] = {}
+
+    def add(self, message: int, value: bytes | None) -> None:
+        """Takes the rows of a message. Raises MessageError where it cannot be read; `read` may still find that."""
+        layout = None if value is None else _layouts.find(value)
+        if layout is None or value is None:
+            self._batches.append(_decode_rows(value))
+            self._of_batches.append(message)
+            return
+        _, messages, values = self._alike.setdefault(id(layout), (layout, [], []))
+        messages.append(message)
+        values.append(value)
+
+    def read(self) -> tuple[pa.Table, Ints, dict[int, str]]:
+        """READ_COLUMNS of all rows, the message of each row, and the messages that cannot be read with the reasons."""
+        tables: list[pa.Table] = []
+        owners: list[Ints] = []
+        wrong: dict[int, str] = {}
+        for layout, messages, values in self._alike.values():
+            table, as_told = read(layout, values)
+            owner = np.repeat(np.array(messages, dtype=np.int64), layout.rows)
+            if not as_told.all():
+                table, owner = (
+                    table.filter(pa.array(np.repeat(as_told, layout.rows))),
+                    owner[np.repeat(as_told, layout.rows)],
+                )
+                for n in np.flatnonzero(~as_told).tolist():
+                    try:
+                        self._batches.append(_decode_rows(values[n]))
+                        self._of_batches.append(messages[n])
+                    except MessageError as error:
+                        wrong[messages[n]] = str(error)
+            tables.append(table.select(_READ.names).cast(_READ))
+            owners.append(owner)
+        if self._batches or not tables:
+            # One chunk: whatever reads a column would pay for each of thousands.
+            read_by_arrow = pa.Table.from_batches(self._batches, schema=_EXPECTED)
+            tables.append(read_by_arrow.select(_READ.names).combine_chunks())
+            rows = [batch.num_rows for batch in self._batches]
+            owners.append(np.repeat(np.array(self._of_batches, dtype=np.int64), rows))
+        if len(tables) == 1:
+            return tables[0], owners[0], wrong
+        owner = np.concatenate(owners)
+        order = np.argsort(owner, kind="stable")
+        return pa.concat_tables(tables).combine_chunks().take(order), owner[order], wrong
+
+
 def decode_block(records: Sequence[TelemetryMessage], ahead_ms: int = MAX_CLOCK_AHEAD_MS) -> TelemetryBlock:
     """Decodes every record of a block; never raises for what a record holds.
 
     A message with event time later than its broker time + `ahead_ms` is quarantined: rejected with that reason.
     """
     headers: list[BatchHeader] = []
-    batches: list[pa.RecordBatch] = []
     source: list[int] = []
     rejected: list[tuple[int, str]] = []
+    gathered = _Rows()
     for n, record in enumerate(records):
         try:
             raw = next((value for key, value in record.headers if key == HEADER_KEY), None)
@@ -168,41 +238,34 @@ def decode_block(records: Sequence[TelemetryMessage], ahead_ms: int = MAX_CLOCK_
                 raise MessageError(f"header {HEADER_KEY}: {len(raw)} bytes; expected at most {MAX_HEADER_BYTES}")
             header = decode_header(raw)
             check_header(header, raw, record.timestamp_ms, ahead_ms)
-            batch = _decode_rows(record.value)
+            gathered.add(len(headers), record.value)
         except MessageError as error:
             rejected.append((n, str(error)))
             continue
         headers.append(header)
-        batches.append(batch)
         source.append(n)
-    block = _assembled(headers, batches, source, records)
-    wrong: set[int] = set()
-    rows = np.array([batch.num_rows for batch in batches], dtype=np.int64)
-    for n in suspects(headers, rows, block.appended_ms, block.columns, ahead_ms):
+    columns, message, wrong = gathered.read()
+    appended_ms = np.array([records[n].timestamp_ms for n in source], dtype=np.int64)
+    rows = np.bincount(message, minlength=len(headers))
+    for n in suspects(headers, rows, appended_ms, columns, ahead_ms):
+        first = int(np.searchsorted(message, n))
         try:
-            check_rows(headers[n], pa.Table.from_batches([batches[n]]), records[source[n]].timestamp_ms, ahead_ms)
+            check_rows(headers[n], columns.slice(first, int(rows[n])), int(appended_ms[n]), ahead_ms)
         except MessageError as error:
-            rejected.append((source[n], str(error)))
-            wrong.add(n)
-    if wrong:
-        kept = [n for n in range(len(headers)) if n not in wrong]
-        block = _assembled([headers[n] for n in kept], [batches[n] for n in kept], [source[n] for n in kept], records)
-    return replace(block, rejected=sorted(rejected))
+            wrong[n] = str(error)
+    rejected += [(source[n], reason) for n, reason in wrong.items()]
+    block = TelemetryBlock(headers, appended_ms, np.array(source, dtype=np.int64), message, columns, sorted(rejected))
+    return _without(block, wrong) if wrong else block
 
 
-def _assembled(
-    headers: list[BatchHeader],
-    batches: Sequence[pa.RecordBatch],
-    source: Sequence[int],
-    records: Sequence[TelemetryMessage],
-) -> TelemetryBlock:
-    rows = np.array([batch.num_rows for batch in batches], dtype=np.int64)
-    return TelemetryBlock(
-        headers=headers,
-        appended_ms=np.array([records[n].timestamp_ms for n in source], dtype=np.int64),
-        source=np.array(source, dtype=np.int64),
-        message=np.repeat(np.arange(len(headers)), rows),
-        # One chunk: whatever reads a column would pay for each of thousands.
-        columns=pa.Table.from_batches(batches, schema=_EXPECTED).combine_chunks(),
-        rejected=[],
+def _without(block: TelemetryBlock, wrong: Container[int]) -> TelemetryBlock:
+    kept = np.array([n not in wrong for n in range(len(block.headers))], dtype=bool)
+    rows = kept[block.message]
+    return replace(
+        block,
+        headers=[header for header, keep in zip(block.headers, kept.tolist(), strict=True) if keep],
+        appended_ms=block.appended_ms[kept],
+        source=block.source[kept],
+        message=(np.cumsum(kept) - 1)[block.message[rows]],
+        columns=block.columns.filter(pa.array(rows)).combine_chunks(),
     )
