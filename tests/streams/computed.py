@@ -27,14 +27,16 @@ World = dict[str, Any]
 Key = tuple[Any, ...]
 
 
-def stored(w: World, batches: Sequence[dict[str, Any]] | None = None) -> pa.Table:
+def stored(
+    w: World, batches: Sequence[dict[str, Any]] | None = None, bounds: tuple[int, int] | None = None
+) -> pa.Table:
     """The fragments of batches (by default all of the world) inside the window, as the store would read them."""
     messages = [message(batch) for batch in (w["batches"] if batches is None else batches)]
     found = fragments(decode_block(messages, w["ahead_ms"]))
     if found is None:
         return empty_fragments()
     table = found.table.select(list(FRAGMENT_COLUMNS))
-    return _between(table, w["from_ms"], w["to_ms"])
+    return _between(table, *(bounds or (w["from_ms"], w["to_ms"])))
 
 
 def _between(table: pa.Table, from_ms: int, to_ms: int) -> pa.Table:
