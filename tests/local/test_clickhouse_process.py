@@ -16,6 +16,8 @@ from clickhouse_connect.driver.exceptions import Error
 
 from gpuledger.local.clickhouse import EmbeddedClickHouse
 from gpuledger.local.exceptions import DirectoryInUse, PortTaken, ServiceFailed
+from gpuledger.streams.store import is_io_error
+from tests.faults.disks import LimitedDisk
 from tests.local.processes import ProcessHandle
 
 pytestmark = pytest.mark.services
@@ -166,3 +168,26 @@ def test_a_failed_start_shows_the_log(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("not a directory")
     with pytest.raises(ServiceFailed):
         _server(tmp_path).start()
+
+
+def test_what_a_full_disk_takes_is_refused_and_the_rest_is_there(tmp_path: Path) -> None:
+    """No insert is acknowledged that is not stored; the limit of file size fails writes as a full disk does."""
+    disk = LimitedDisk(tmp_path)
+    with (
+        _server(tmp_path) as server,
+        clickhouse_connect.get_client(host="127.0.0.1", port=server.port, autogenerate_session_id=False) as client,
+    ):
+        client.command("CREATE TABLE t (a Int64, s String) ENGINE = MergeTree ORDER BY a")
+        stored, refused = 0, 0
+        for full in (False, True, False):
+            disk.fill(server.pid) if full else disk.free(server.pid)
+            for rows in (10, 5_000, 50_000):
+                table = pa.table({"a": range(rows), "s": [os.urandom(16).hex() for _ in range(rows)]})
+                try:
+                    client.insert_arrow("t", table)
+                    stored += rows
+                except Error as error:
+                    assert is_io_error(error), error
+                    refused += 1
+        assert refused == 2
+        assert client.query("SELECT count(), sum(length(s)) FROM t").result_rows == [(stored, stored * 32)]

@@ -114,6 +114,17 @@ def test_every_kind_of_insert(clickhouse_database: ClickHouseDatabase, body: byt
     assert curl(url, data=b"SELECT * FROM t ORDER BY a")[2] == b"1\tx\n2\ty; SELECT 1\n"
 
 
+def test_an_insert_that_its_table_refuses_is_an_error(clickhouse_database: ClickHouseDatabase) -> None:
+    url = f"{clickhouse_database.url}/?database={clickhouse_database.name}"
+    curl(url, data=b"CREATE TABLE t (a Int64, CONSTRAINT positive CHECK a > 0) ENGINE = MergeTree ORDER BY a")
+    status, headers, body = curl(url, data=b"INSERT INTO t FORMAT TSV\n1\n-1\n")
+    assert (status, headers["x-clickhouse-exception-code"]) == (500, "469"), body
+    assert curl(url, data=b"INSERT INTO t FORMAT TSV\n1\n")[0] == 200
+    status, headers, body = curl(f"{url}&parts_to_throw_insert=1", data=b"INSERT INTO t FORMAT TSV\n2\n")
+    assert (status, headers["x-clickhouse-exception-code"]) == (500, "252"), body
+    assert curl(url, data=b"SELECT a FROM t")[2] == b"1\n"
+
+
 def test_compressed_bodies_and_answers(clickhouse_database: ClickHouseDatabase) -> None:
     url = f"{clickhouse_database.url}/?database={clickhouse_database.name}"
     curl(url, data=b"CREATE TABLE t (a Int64) ENGINE = MergeTree ORDER BY a")

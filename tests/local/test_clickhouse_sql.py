@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpuledger.local.clickhouse.sql import parse, quote_identifier, quote_string
+from gpuledger.local.clickhouse.sql import insert_from_file, parse, quote_identifier, quote_string
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,16 @@ def test_calls_totals_and_temporary_tables_are_seen() -> None:
 def test_quoting() -> None:
     assert quote_string("it's \\") == "'it\\'s \\\\'"
     assert quote_identifier("a`b") == "`a\\`b`"
+
+
+@pytest.mark.parametrize(
+    ("head", "statement"),
+    [
+        ("INSERT INTO t", "INSERT INTO t\nFROM INFILE 'f' COMPRESSION 'none'\n"),
+        ("INSERT INTO t (a) -- why", "INSERT INTO t (a) -- why\nFROM INFILE 'f' COMPRESSION 'none'\n"),
+        ("INSERT INTO t settings x = 1", "INSERT INTO t\nFROM INFILE 'f' COMPRESSION 'none'\nsettings x = 1"),
+        ("INSERT INTO settings (a, b)", "INSERT INTO settings (a, b)\nFROM INFILE 'f' COMPRESSION 'none'\n"),
+    ],
+)
+def test_the_file_of_an_insert_goes_before_its_settings(head: str, statement: str) -> None:
+    assert insert_from_file(head, "f") == statement

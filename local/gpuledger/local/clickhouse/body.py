@@ -42,8 +42,8 @@ class Body:
 async def receive_body(receive: Receive, limits: Limits, directory: Path) -> Body:
     """Reads the whole body; past `limits.body_memory_bytes` into a file without name in `directory`.
 
-    Raises Disconnected, EngineError 209 (408) where the client sends nothing for `limits.receive_timeout_s`, and 229
-    (413) for a body over `limits.max_body_bytes`.
+    Raises Disconnected, EngineError 209 (408) where the client sends nothing for `limits.receive_timeout_s`, 229 (413)
+    for a body over `limits.max_body_bytes`, and 243 where the disk is full.
     """
     # Unlinked at once, so that a killed process leaves nothing behind; the caller closes it with the body.
     file = tempfile.SpooledTemporaryFile(max_size=limits.body_memory_bytes, dir=str(directory))  # noqa: SIM115
@@ -65,7 +65,10 @@ async def receive_body(receive: Receive, limits: Limits, directory: Path) -> Bod
                 raise EngineError.of(
                     "QUERY_IS_TOO_LARGE", f"The request body is larger than {limits.max_body_bytes} bytes"
                 )
-            file.write(data)
+            try:
+                file.write(data)
+            except OSError as error:
+                raise EngineError.of("NOT_ENOUGH_SPACE", f"Cannot take the request body: {error}") from error
             if not message.get("more_body", False):
                 return Body(file, size)
     except BaseException:

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import chdb
 
 from gpuledger.local.clickhouse.errors import EngineError
-from gpuledger.local.clickhouse.sql import quote_identifier, quote_string
+from gpuledger.local.clickhouse.insert_data import InsertData
+from gpuledger.local.clickhouse.sql import insert_from_file, quote_identifier, quote_string
 
 __all__ = ["ARROW_END", "Engine", "Handle", "Limits", "Setup", "StatementClass", "Stats", "Stream"]
 
@@ -165,8 +166,10 @@ class Stream:
 class Handle:
     """One connection to the engine, for one request at a time; not shared between concurrent requests."""
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, memory_bytes: int, spool_dir: Path) -> None:
         self._connection = connection
+        self._memory_bytes = memory_bytes
+        self._spool_dir = spool_dir
         self.stats = Stats()
         self.closed = False
 
@@ -212,19 +215,13 @@ class Handle:
     def insert(self, head: str, data_format: str, chunks: Iterable[bytes]) -> None:
         """Runs `INSERT INTO t (…)` on the data. Returns when it is on disk; raises EngineError."""
         try:
-            inserter = self._connection.send_insert(head, data_format)
-        except Exception as error:
-            raise EngineError.from_engine(error) from error
-        try:
-            for chunk in chunks:
-                inserter.append(chunk)
-            result = inserter.finish()
-        except Exception as error:
-            with contextlib.suppress(Exception):
-                inserter.cancel()
-            raise EngineError.from_engine(error) from error
-        self.stats.written_rows += int(result.rows_written)
-        self.stats.written_bytes += int(result.bytes_written)
+            data = InsertData(chunks, self._memory_bytes, self._spool_dir)
+        except OSError as error:
+            raise EngineError.of("NOT_ENOUGH_SPACE", f"Cannot take the data of the INSERT: {error}") from error
+        with data:
+            result = self._run(f"{insert_from_file(head, data.path)} FORMAT {data_format}", "Null", None)
+        self.stats.written_rows += int(result.rows_written())
+        self.stats.written_bytes += int(result.bytes_written())
 
     def close(self) -> None:
         self.closed = True
@@ -241,7 +238,8 @@ class Handle:
 class Engine:
     """The engine on one data directory. open() and close() block; everything else is for one event loop."""
 
-    def __init__(self, data_dir: Path, config_file: Path, database: str, limits: Limits) -> None:
+    def __init__(self, data_dir: Path, config_file: Path, database: str, limits: Limits, spool_dir: Path) -> None:
+        self._spool_dir = spool_dir
         self._source = f"{data_dir}?config-file={config_file}"
         self.database = database
         self.limits = limits
@@ -267,7 +265,8 @@ class Engine:
         """A fresh handle, set up. Blocks; raises EngineError."""
         try:
             with self._connecting:
-                handle = Handle(chdb.connect(self._source))
+                connection = chdb.connect(self._source)
+            handle = Handle(connection, self.limits.body_memory_bytes, self._spool_dir)
         except Exception as error:
             raise EngineError.from_engine(error) from error
         if setup is not None:

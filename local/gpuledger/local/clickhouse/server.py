@@ -69,7 +69,7 @@ def serve(
         shutil.rmtree(spool_dir, ignore_errors=True)
         spool_dir.mkdir(mode=0o700)
         engine = Engine(
-            data_dir / "data", _write_config(data_dir, accounts, memory_bytes), database, limits or Limits()
+            data_dir / "data", _write_config(data_dir, accounts, memory_bytes), database, limits or Limits(), spool_dir
         )
         engine.open()
         url = f"http://{_bracketed(host)}:{listener.getsockname()[1]}"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-__all__ = ["Statement", "parse", "quote_identifier", "quote_string"]
+__all__ = ["Statement", "insert_from_file", "parse", "quote_identifier", "quote_string"]
 
 # ClickHouse's lexer also takes typographic quotes; a tokenizer that does not could be talked past.
 _TOKEN = re.compile(
@@ -85,6 +85,20 @@ def parse(text: bytes) -> Statement:
         return _statement(verb, tokens, _decode(text), None, None)
     start, end, name = cut
     return _statement(verb, tokens, _decode(text[:start] + b" " + text[end:]), name, None)
+
+
+def insert_from_file(head: str, path: str) -> str:
+    """The INSERT of `head` (without FORMAT), its data in the file at `path`: that goes before the SETTINGS."""
+    text = head.encode("utf-8", "surrogateescape")
+    tokens = list(_tokens(text))
+    at = len(text)
+    for token, name, sign in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        # A table may be called so too.
+        if _is(token, "SETTINGS") and token.depth == 0 and name.kind == "word" and sign.text == "=":
+            at = token.start
+    # On a line of its own: a comment may be before it.
+    clause = f"\nFROM INFILE {quote_string(path)} COMPRESSION 'none'\n"
+    return _decode(text[:at]) + clause + _decode(text[at:])
 
 
 def quote_string(value: str) -> str:
