@@ -52,8 +52,13 @@ def gpu(
 
 def message(devices: list[Device], *samples: Sample, appended: int = APPENDED, **header: Any) -> Message:
     """What an agent sends: here with a period of 10 s."""
-    times = {"boot_start_ms": M - 9_000_000, "run_start_ms": M - 5_000, "anchor_wall_ms": 0, "anchor_boottime_ms": 0}
-    names = {"node": "n0", "boot_id": "boot", "run_id": "run", "seq": 7, "period_ms": 10 * S}
+    times: dict[str, Any] = {
+        "boot_start_ms": M - 9_000_000,
+        "run_start_ms": M - 5_000,
+        "anchor_wall_ms": 0,
+        "anchor_boottime_ms": 0,
+    }
+    names: dict[str, Any] = {"node": "n0", "boot_id": "boot", "run_id": "run", "seq": 7, "period_ms": 10 * S}
     made = encode_batch(
         BatchHeader(devices=devices, **(times | names | header)),
         {
@@ -106,7 +111,12 @@ def activities(*samples: Sample, **header: Any) -> list[int]:
 
 def test_one_sample_makes_this_row() -> None:
     # 20 s at 300 W: the counter goes from 1,000,000 to 7,000,000 mJ; NVML said 295 W meanwhile.
-    readings = {"gpu_util_pct": 98.0, "power_mw": 295_000, "temperature_gpu_c": 61.0, "memory_used_bytes": 1 << 36}
+    readings: dict[str, Any] = {
+        "gpu_util_pct": 98.0,
+        "power_mw": 295_000,
+        "temperature_gpu_c": 61.0,
+        "memory_used_bytes": 1 << 36,
+    }
     sent = message([gpu("GPU-1", 5 * S, 1_000_000)], sample(25 * S, 7_000_000, tensor_active=0.25, **readings))
     (row,) = rows(sent)
     appended = row.pop("appended_at")
