@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpuledger.streams.explain_facts import moment
 from gpuledger.streams.explain_seen import counter_mj
@@ -21,6 +21,9 @@ from gpuledger.streams.explanation import (
     SeenPart,
     Segment,
 )
+
+if TYPE_CHECKING:
+    from gpuledger.cli.batch_samples import Sample
 
 __all__ = ["as_json", "as_text"]
 
@@ -57,8 +60,8 @@ def as_json(value: Any) -> Any:
     return format(value, "f") if isinstance(value, Decimal) else value
 
 
-def as_text(found: Explanation, *, full: bool) -> list[str]:
-    """The lines to print. Without `full` long lists are cut, and say so."""
+def as_text(found: Explanation, *, full: bool, samples: Sequence[Sample] | None = None) -> list[str]:
+    """The lines to print. Without `full` long lists are cut, and say so. `samples` are shown where they were asked."""
     most = 1_000_000 if full else _MOST
     at = _clock(found.minute_ms)
     pools = " and ".join(f"pool {pool.pool}" for pool in found.pools) or "in no pool"
@@ -71,6 +74,8 @@ def as_text(found: Explanation, *, full: bool) -> list[str]:
     out += _claims(found.claims, histories, at)
     out += _placements(found, histories, at)
     out += _seen(found.fragments, most, at)
+    if samples is not None:
+        out += _samples(samples, most, at)
     if found.gaps:
         out += ["", "Dropped batches, as the agents state"]
         out += [
@@ -278,6 +283,26 @@ def _part(part: SeenPart, at: At) -> str:
         return text
     believed = f"believed {_ranges(part.believed, at)}" if part.believed else "not believed"
     return f"{text}; {believed}: {part.instead} comes first"
+
+
+def _samples(samples: Sequence[Sample], most: int, at: At) -> list[str]:
+    if not samples:
+        return ["", "Samples: the broker has none of these batches any more"]
+    rows = [
+        (
+            f"{each.run_id[:8]}/{each.seq}",
+            str(each.instance or ""),
+            at(each.at_ms),
+            "–" if each.sm_active is None else f"{each.sm_active:.3f}",
+            "–" if each.gpu_util_pct is None else f"{each.gpu_util_pct:.0f}",
+            "–" if each.power_mw is None else f"{each.power_mw:,.0f}",
+            _number(each.counter_mj),
+        )
+        for each in samples
+    ]
+    head = ("run/seq", "inst", "time", "SM active", "utilisation %", "power mW", "counter mJ")
+    title, *lines = _table(head, rows, (1, 3, 4, 5, 6))
+    return ["", "Samples, as the broker still has them", title, *_cut(lines, most, "samples")]
 
 
 # -- what superseded what -------------------------------------------------------------------------------------------
