@@ -37,6 +37,7 @@ __all__ = ["DirtyStats", "dirty_marks", "take_dirty"]
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_LETTERS_AT_ONCE = 100
 _LONGEST_PAUSE_S = 30.0
 
 
@@ -148,13 +149,17 @@ class _DirtyAgent:
             records: list[Record] = list(event.value)
             marks = Marks()
             partitions: int | None = self._consumer.topic_partitions(records[0].topic)
+            rejected: list[tuple[Record, str]] = []
             for record in records:
                 try:
                     mark = dirty_marks(record, partitions)
                 except MessageError as error:
-                    await self._reject(record, str(error))
+                    rejected.append((record, str(error)))
                     continue
                 marks.add(mark.pool, mark.from_ms, mark.to_ms, mark.why)
+            for start in range(0, len(rejected), _LETTERS_AT_ONCE):
+                some = rejected[start : start + _LETTERS_AT_ONCE]
+                await asyncio.gather(*(self._reject(record, reason) for record, reason in some))
             last = records[-1]
             handle = _Handle(event, last.offset, last.timestamp_ms)
             self._stats.marks += len(records)
