@@ -27,6 +27,7 @@ from gpuledger.schemas.config import load_config
 from gpuledger.streams import app, intake, recomputer
 from gpuledger.streams.blocks import Record
 from gpuledger.streams.dirty import Pace
+from gpuledger.streams.holders import PoolFacts
 from gpuledger.streams.intake import Barrier, Stored
 from gpuledger.streams.ledger_rows import Fingerprints, Version
 from gpuledger.streams.recompute import Ledger
@@ -108,11 +109,13 @@ class Fuse:
                 fuse.slice("torn", *fuse._slice)
             insert(self, table, rows)
 
-        def noted_compute(self: Recomputer, pool: str, from_ms: int, to_ms: int) -> tuple[Ledger, Fingerprints, Rates]:
+        def noted_compute(
+            self: Recomputer, pool: str, from_ms: int, to_ms: int, facts: PoolFacts | None = None
+        ) -> tuple[Ledger, Fingerprints, Rates]:
             hours = to_ms % 3_600_000 == 0
             if hours:  # of a slice of the open hour, which has no whole end, nobody here wants to know
                 fuse.slice("before_read", pool, from_ms, to_ms)
-            found = compute(self, pool, from_ms, to_ms)
+            found = compute(self, pool, from_ms, to_ms, facts)
             fuse._slice = (pool, from_ms, to_ms) if hours and found[1].fragments.sum() > 0 else None
             if fuse._slice is not None:
                 fuse.slice("read", pool, from_ms, to_ms)
@@ -147,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     app.faust_settings = functools.partial(app.faust_settings, session_timeout_s=given.session_timeout)
     if given.settle is not None:
-        app.Pace = functools.partial(Pace, settle_ms=given.settle, patience_ms=4 * given.settle)
+        waits = {"settle_ms": given.settle, "patience_ms": 4 * given.settle, "open_every_ms": 3 * given.settle}
+        app.Pace = functools.partial(Pace, **waits, open_share=4)
     fuse = Fuse(Orders(given.orders or Path(f"{given.datadir}.orders")))
     fuse.lay()
     if given.wrong:

@@ -2,9 +2,12 @@
 
 import pytest
 
+from gpuledger.streams.app import rules_of
+from gpuledger.streams.audit import audit
+from gpuledger.streams.store import Store
 from tests.e2e.load import Load
 from tests.e2e.orders import Order
-from tests.e2e.pipeline import Digest, Installation, same
+from tests.e2e.pipeline import Digest, Installation, differences, same
 
 pytestmark = pytest.mark.services
 
@@ -77,3 +80,26 @@ def test_a_worker_joins_and_another_leaves_under_load(pipeline: Installation, lo
     sent.append(sending.result())
     pipeline.settle(load, *sent)
     same(pipeline.digest(load), undisturbed)
+
+
+@pytest.mark.timeout(180)
+def test_a_commit_before_the_store_is_noticed(pipeline: Installation, load: Load, undisturbed: Digest) -> None:
+    """The order is what the other tests hold: with offsets committed first, one kill loses marks, and both the
+    comparison and the audit say so."""
+    (*ticks, tail) = load.ticks
+    *rest, batch = tail
+    sending = pipeline.publish([*ticks, rest], over_s=3)
+    wrong = pipeline.start_worker(None, "--wrong", "commit-first")
+    sent = [sending.result()]
+    pipeline.settle(load, *sent)
+    wrong.order(Order("telemetry", "stored"))
+    sent.append(pipeline.publish([[batch]], over_s=0).result())
+    wrong.killed()
+    pipeline.start_worker()
+    pipeline.settle(load, *sent)
+    assert differences(pipeline.digest(load), undisturbed)
+    config = pipeline.config
+    store = Store(config.clickhouse)
+    report = audit(store, rules_of(config, config.kafka.partitions), *load.hours, sample=0, pauses_s=())
+    store.close()
+    assert {finding.check for finding in report.findings} >= {"fingerprint: fragments"}, report.findings

@@ -25,10 +25,10 @@ from tests.faults.drawing import POOLS, Fault, Wave
 
 __all__ = ["EPISODE_S", "Episode", "FaultLoad", "record", "stored_messages"]
 
-EPISODE_S = 100
+EPISODE_S = 60
 _NODES, _GPUS_PER_NODE = 25, 8
 #: An episode crosses a quarter of an hour, where prices change.
-_INTO_THE_HOUR_MS = 840_000 + 10_000
+_INTO_THE_HOUR_MS = 840_000 + 30_000
 #: Facts that reach back to the beginning; told once.
 _TOLD_ONCE = ("rates", "inventory")
 
@@ -143,7 +143,7 @@ def _scenario(seed: int) -> Scenario:
     first, second, third = POOLS[:3]
     large = {
         "sizes": [{"gpus": 32, "weight": 2}, {"gpus": 16, "weight": 3}, {"gpus": 4, "weight": 2}],
-        "shortest_s": 30,
+        "shortest_s": 40,
         "longest_s": 400,
         "duties": [
             {"name": "training", "weight": 4, "active_s": 25, "idle_s": 4, "level_pct": 94},
@@ -179,13 +179,13 @@ def _scenario(seed: int) -> Scenario:
             for pool in POOLS
             for tenant, gpus in (("north", 120), ("south", 60), ("campus", 6))
         ],
-        "transfers": [{"pool": first, "gpus": 40, "from_tenant": "north", "to_tenant": "south", "at_s": 50}],
+        "transfers": [{"pool": first, "gpus": 40, "from_tenant": "north", "to_tenant": "south", "at_s": 30}],
         "failures": [
-            {"kind": "gpu_lost", "pool": first, "node": 3, "gpu": 5, "at_s": 20, "for_s": 30},
+            {"kind": "gpu_lost", "pool": first, "node": 3, "gpu": 5, "at_s": 20, "for_s": 20},
             {"kind": "agent_gap", "pool": second, "node": 6, "at_s": 30, "for_s": 10},
-            {"kind": "node_reboot", "pool": third, "node": 2, "at_s": 40, "for_s": 15},
+            {"kind": "node_reboot", "pool": third, "node": 2, "at_s": 30, "for_s": 10},
         ],
-        "delivery": {"late_permille": 40, "late_by_s": 30, "duplicate_permille": 60},
+        "delivery": {"late_permille": 40, "late_by_s": 20, "duplicate_permille": 60},
         "tariffs": [{"name": "spot", "per_kwh": 0.05, "swing_pct": 60, "step_minutes": 15, **money}],
         "asset_costs": [
             {"pool": pool, "period_cost": 684_000, "period_days": 30, "tariff": "spot", **money} for pool in POOLS

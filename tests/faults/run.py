@@ -96,7 +96,7 @@ def run(
                 try:
                     outcome.rough = rough.run(waves)
                 finally:
-                    outcome.unexpected = site.unexpected
+                    outcome.unexpected = list(site.ended_alone.values())
                     outcome.starts = {service.name: service.starts for service in (broker, clickhouse)}
                     outcome.starts |= {"worker": len(site.installation.workers), "agent": site.sender_starts}
         except FaultsFailed as error:
@@ -215,12 +215,12 @@ class _Rough:
         self._site.tend()
         for part in range(parts):
             self._sent = first + (episode.main - first) * (part + 1) // parts
-            self._site.allow(self._sent)
             if part == min(1, parts - 1):
                 self._site.wanted = _FRESH_WORKERS
                 self._outcome.joined += _FRESH_WORKERS - 1
             if part < len(wave.free):
                 self._strike(n, wave.free[part], self._free)
+            self._site.allow(self._sent)
 
     def _at_barriers(self, n: int, wave: Wave, episode: Episode) -> None:
         ends = episode.probes
@@ -242,7 +242,10 @@ class _Rough:
     # -- at any moment
 
     def _free(self, fault: Fault) -> None:
-        time.sleep(fault.after_ms / 1000)
+        if fault.how != "disk full":
+            # A full disk is there before the load; all else comes while it is sent.
+            self._site.allow(self._sent)
+            time.sleep(fault.after_ms / 1000)
         self._site.tend()
         if fault.victim == "agent":
             self._agent(fault)
@@ -283,6 +286,7 @@ class _Rough:
 
     def _fill(self, disk: Disk, pid: int, for_ms: int) -> None:
         disk.fill(pid)
+        self._site.allow(self._sent)
         time.sleep(for_ms / 1000)
         disk.free(pid)
 

@@ -32,7 +32,7 @@ _POLL_S = 0.2
 #: Older minutes wait so long for more marks of their pool: shorter than in production, so that faults find slices.
 _SETTLE_MS = 300
 #: One wait; many times what a busy machine needs.
-PATIENCE_S = 240.0
+PATIENCE_S = 420.0
 _NOT_MARKS = [name for name in TOPICS if name not in ("dirty", "alerts", "deadletter")]
 
 
@@ -42,7 +42,7 @@ class FaultsFailed(Exception):
 
 @dataclass
 class Site:
-    """`wanted` workers are kept running: one that ended is replaced, and noted in `unexpected` unless we killed it."""
+    """`wanted` workers are kept running: one that ended is replaced, and noted in `ended_alone` unless we ended it."""
 
     installation: Installation
     services: Sequence[Service]
@@ -51,7 +51,7 @@ class Site:
     load_file: Path
     wrong: str | None = None
     wanted: int = 1
-    unexpected: list[str] = field(default_factory=list[str])
+    ended_alone: dict[int, str] = field(default_factory=dict[int, str])
     sender_starts: int = 0
     _killed: set[int] = field(default_factory=set[int])
     _sender: Any = None
@@ -74,21 +74,22 @@ class Site:
     def killed(self, pid: int) -> None:
         """Its end is ours, not its own."""
         self._killed.add(pid)
+        self.ended_alone.pop(pid, None)
 
     def tend(self) -> None:
         """Replaces what has ended."""
         for worker in self.installation.workers:
             status = worker.process.poll()
             if status is not None and worker.process.pid not in self._killed:
-                self._killed.add(worker.process.pid)
-                self.unexpected.append(f"{worker.log_file.name} {describe_exit(status)}: {_last_error(worker.log())}")
+                name = worker.log_file.name
+                self.ended_alone[worker.process.pid] = f"{name} {describe_exit(status)}: {_last_error(worker.log())}"
         for _ in range(self.wanted - len(self.workers)):
             options = ["--orders", str(self.orders.path), "--session-timeout", str(SESSION_TIMEOUT_S)]
             options += ["--settle", str(_SETTLE_MS), *(["--wrong", self.wrong] if self.wrong else [])]
             self.installation.start_worker(None, *options)
         if self._sender is None or self._sender.poll() is not None:
             if self._sender is not None and self._sender.pid not in self._killed:
-                self.unexpected.append(f"the agent {describe_exit(self._sender.returncode)}")
+                self.ended_alone[self._sender.pid] = f"the agent {describe_exit(self._sender.returncode)}"
             self._start_sender()
 
     def _start_sender(self) -> None:
@@ -117,11 +118,11 @@ class Site:
             try:
                 status = worker.stop()
             except Exception:
-                self.unexpected.append(f"{worker.log_file.name} did not end on SIGTERM within 20 s")
+                self.ended_alone[worker.process.pid] = f"{worker.log_file.name} did not end on SIGTERM within 20 s"
                 worker.end()
                 continue
             if status:
-                self.unexpected.append(f"{worker.log_file.name} {describe_exit(status)} on SIGTERM")
+                self.ended_alone[worker.process.pid] = f"{worker.log_file.name} {describe_exit(status)} on SIGTERM"
 
     def close(self) -> None:
         if self._sender is not None and self._sender.poll() is None:
