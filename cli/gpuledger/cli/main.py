@@ -44,6 +44,9 @@ COMMANDS: dict[str, LazyCommand] = {
     "ledger": LazyCommand("gpuledger.cli.ledger:ledger", "streams", "Show or recompute the ledger of a range."),
     "audit": LazyCommand("gpuledger.cli.audit:audit", "streams", "Prove that every GPU-second is accounted once."),
     "status": LazyCommand("gpuledger.cli.status:status", "streams", "Lag, freshness, frontier, spool, dead letters."),
+    "deadletter": LazyCommand(
+        "gpuledger.cli.deadletter:deadletter", "streams", "List, show or send again what could not be read."
+    ),
     "dashboards": LazyCommand("gpuledger.cli.dashboards:dashboards", "dashboards", "Build the Grafana dashboards."),
     "db": LazyCommand("gpuledger.cli.db:db", "streams", "Bring the database up to date, or show its state."),
     "config": LazyCommand("gpuledger.cli.config:config", "", "Check or show the configuration."),

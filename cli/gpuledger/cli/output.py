@@ -16,6 +16,8 @@ from typing import IO, Any, Literal, TypeVar
 
 import click
 
+from gpuledger.schemas.texts import escaped
+
 __all__ = ["Column", "Format", "format_option", "write_rows"]
 
 Format = Literal["table", "json", "csv"]
@@ -130,7 +132,8 @@ def _write_csv(columns: Sequence[Column], rows: Iterable[Mapping[str, Any]], str
 def _cell(column: Column, value: Any) -> str:
     if value is None:
         return "–"
-    return column.show(value) if column.show is not None else str(_plain(value))
+    # Names come from anybody who may write to a topic; a terminal must not obey them.
+    return escaped(column.show(value) if column.show is not None else str(_plain(value)))
 
 
 def _right(rows: Sequence[Mapping[str, Any]], column: Column) -> bool:

@@ -13,7 +13,7 @@ import msgspec
 
 from gpuledger.schemas.exceptions import MessageError
 
-__all__ = ["CONTROLS", "MAX_NAME", "MAX_TEXT", "check_texts"]
+__all__ = ["CONTROLS", "MAX_NAME", "MAX_TEXT", "check_texts", "escaped"]
 
 #: Far above what is needed (a year of prices by the quarter of an hour has 2 MB).
 _MAX_EVENT_BYTES = 8 << 20
@@ -25,6 +25,11 @@ CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _CONTROLS_OF_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 #: Fields that hold sentences; all others are names.
 _TEXTS = frozenset({"why", "summary", "action", "name", "contact", "evidence", "tags", "contract", "by", "health"})
+
+
+def escaped(text: str) -> str:
+    """The text in one line, its control characters as escapes: fit for a log or a terminal, whoever wrote it."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def check_texts(event: msgspec.Struct, data: bytes) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from gpuledger.schemas.events import DeadLetter, decode_event
 from gpuledger.schemas.exceptions import MessageError
+from gpuledger.schemas.texts import escaped
 from gpuledger.streams.blocks import Record
 
 __all__ = ["MAX_LETTER_BYTES", "MAX_REASON", "decode_letter", "letter_of", "printable"]
@@ -31,9 +32,7 @@ def printable(text: str, limit: int = MAX_REASON) -> str:
     if len(text) > limit:
         half = limit // 2
         text = f"{text[:half]} … ({len(text) - 2 * half} characters left out) … {text[-half:]}"
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return escaped(text)
 
 
 def letter_of(record: Record, reason: str) -> DeadLetter:
