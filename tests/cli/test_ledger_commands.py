@@ -328,6 +328,12 @@ def test_status_tells_progress_lag_and_trouble(
         "VALUES ('jobs', 0, 12345678901234567890, now64(3), 'gpus: expected int')"
     )
     made.sql("INSERT INTO gaps VALUES ('n0', 'run', 3, 9, 1767225600000, 1767225660000, 7, 'age')")
+    for node, first, last, ago_ms in (("n1", 0, 4, 900_000), ("n1", 0, 9, 600_000), ("n2", 5, 5, 700_000)):
+        made.sql(
+            "INSERT INTO gaps SELECT {node:String}, 'later', {first:UInt32}, {last:UInt32}, at - 900000, at, "
+            "{batches:UInt32}, 'spool full' FROM (SELECT toUnixTimestamp64Milli(now64(3)) - {ago:Int64} AS at)",
+            **{"node": node, "first": first, "last": last, "batches": last - first + 1, "ago": ago_ms},
+        )
 
     async def mark() -> None:
         async with Publisher(broker, "test") as publisher:
@@ -345,13 +351,23 @@ def test_status_tells_progress_lag_and_trouble(
     assert found["held_back_by"] == "allocations/0"
     assert found["dead_letters"] == 1
     assert found["last_dead_letters"][0]["offset"] == "12345678901234567890"
-    assert (found["gaps"], found["gap_batches"], found["last_gaps"][0]["reason"]) == (1, 7, "age")
+    # n1's second gap has grown out of its first, which is told no more.
+    assert (found["gaps"], found["gap_batches"]) == (3, 18)
+    assert found["gaps_last_day"] == {"gaps": 2, "batches": 11, "nodes": 2}
+    assert [(gap["node"], gap["last_seq"], gap["reason"]) for gap in found["last_gaps"]] == [
+        ("n1", 9, "spool full"),
+        ("n2", 5, "spool full"),
+        ("n0", 9, "age"),
+    ]
     assert {pool["pool"]: pool["complete_until"] for pool in found["pools"]} == {H100: iso(END_MS), B200: iso(END_MS)}
+    told = run(env(made), "status").stdout
+    assert "telemetry gaps of the last day: 2 on 2 nodes, 11 batches dropped by spools; 1 before" in told
     made.store.close()
 
     text = run(env(ledger), "status")
     assert text.exit_code == 0, text.output
     assert "no broker answered" in text.stdout and "complete until: " in text.stdout
+    assert "telemetry gaps of the last day: none\n" in text.stdout
 
 
 # -- with --data and nothing running --------------------------------------------------------------------------------

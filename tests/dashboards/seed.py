@@ -292,6 +292,17 @@ def _add_health(seed: Seed) -> None:
              summary="resolved long ago", action="", evidence={})  # fmt: skip
     seed.add("dead_letters", topic="jobs", partition=0, offset=4711, appended_at=now - timedelta(hours=2),
              reason="gpus: expected int, got str", key="j1", value="{}", value_bytes=2)  # fmt: skip
+    # The second row of a run has grown out of the first, which was told before; the last is of the day before.
+    for node, run, first, last, hours_ago, hours, reason in (
+        ("narvik-h100-0007", "r1", 0, 3, 5.0, 0.05, "spool full"),
+        ("narvik-h100-0007", "r1", 0, 719, 5.0, 2.0, "spool full"),
+        ("narvik-h100-0007", "r1", 725, 725, 2.9, 0.003, "spool full, perhaps sent"),
+        ("narvik-gb200-0002", "r2", 40, 89, 4.0, 0.14, "spool: too old"),
+        ("narvik-gb200-0002", "r0", 0, 9, 60.0, 0.03, "spool full"),
+    ):
+        start = now - timedelta(hours=hours_ago)
+        seed.add("gaps", node=node, run_id=run, first_seq=first, last_seq=last, from_ms=_ms(start),
+                 to_ms=_ms(start + timedelta(hours=hours)), batches=last - first + 1, reason=reason)  # fmt: skip
 
 
 def make_seed(now: datetime, minutes: int = 180) -> Seed:

@@ -55,7 +55,7 @@ def test_everything_is_drawn_without_a_complaint_or_a_foreign_request(
 ) -> None:
     running = start_page(ledger)
     page = tab.open(running)
-    assert page.locator('.card[data-state="ready"]').count() == page.locator(".card").count() == 16
+    assert page.locator('.card[data-state="ready"]').count() == page.locator(".card").count() == 17
     for panel in ("cost-by-tenant", "held-by-tenant"):
         chart = page.locator(f"#panel-{panel} .chart svg")
         expect(chart).to_be_visible()
@@ -67,6 +67,9 @@ def test_everything_is_drawn_without_a_complaint_or_a_foreign_request(
     assert page.locator("#panel-money-by-pool .chart svg path").count() >= 2
     assert page.locator("#panel-running-jobs tbody tr").count() == 13
     assert page.locator("#panel-ledger-minutes svg rect").count() >= 4
+    gaps = page.locator("#panel-telemetry-gaps li")
+    expect(gaps.nth(0)).to_contain_text("1 batch · spool full, perhaps sent")
+    expect(gaps.nth(1)).to_contain_text(re.compile(r"narvik-h100-0007\s*2 h 0 min.* · 720 batches · spool full$"))
     expect(page.locator("#alert-badge")).to_have_text("1 alert · €164.00/h at stake")
     expect(page).to_have_title(re.compile(r"^€0\.\d{4}/s · Narvik$"))
     page.wait_for_timeout(1500)
@@ -187,6 +190,7 @@ def test_an_empty_ledger_says_what_to_do(empty_ledger: SeededLedger, start_page:
     expect(page.locator("#panel-spent-today")).to_contain_text("gpuledger rates apply FILE")
     expect(page.locator("#panel-cost-by-tenant")).to_contain_text("Start a worker")
     expect(page.locator("#panel-alerts")).to_contain_text("No alert is firing.")
+    expect(page.locator("#panel-telemetry-gaps")).to_contain_text("No spool has dropped telemetry in the last day.")
     expect(page.locator("#status-badge")).to_have_text("Ledger waits for data")
     assert tab.complaints == []
 

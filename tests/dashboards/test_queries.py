@@ -17,6 +17,7 @@ from gpuledger.dashboards.boards.live import (
     COST_BY_TENANT,
     COST_RATE,
     FLEET_NOW,
+    GAPS,
     HEALTH,
     HELD_BY_TENANT,
     LAST_SHIFT,
@@ -74,7 +75,7 @@ def test_a_range_of_long_ago_and_an_empty_database_are_no_errors(
     long_ago = TimeRange(datetime(2020, 1, 1, tzinfo=UTC), datetime(2020, 1, 2, tzinfo=UTC))
     ask(ledger, panel, long_ago)
     rows = ask(empty_ledger, panel, range_until("24h", datetime.now(UTC)))
-    assert len(rows) == (8 if panel.id == "ledger-health" else 0)
+    assert len(rows) == (9 if panel.id == "ledger-health" else 0)
 
 
 def test_money_by_tenant_and_pool_sums_to_what_was_seeded(ledger: SeededLedger) -> None:
@@ -190,10 +191,22 @@ def test_only_firing_alerts_are_shown(ledger: SeededLedger) -> None:
     assert row["tenant"] == "openhorizon"
 
 
+def test_gaps_are_those_of_the_last_day_each_told_once(ledger: SeededLedger) -> None:
+    rows = ask(ledger, GAPS, range_until("24h", datetime.now(UTC)))
+    assert [(row["node"], row["batches"], row["reason"]) for row in rows] == [
+        ("narvik-h100-0007", 1, "spool full, perhaps sent"),
+        ("narvik-h100-0007", 720, "spool full"),
+        ("narvik-gb200-0002", 50, "spool: too old"),
+    ]
+    assert rows[1]["to_at"] - rows[1]["from_at"] == timedelta(hours=2)
+    (check,) = [row for row in ask(ledger, HEALTH, whole(ledger)) if row["name"] == "Batches dropped"]
+    assert (check["status"], check["value"]) == ("warn", "771 on 2 nodes")
+
+
 def test_a_sound_ledger_is_sound_but_for_what_was_seeded(ledger: SeededLedger) -> None:
     checks = {row["name"]: row["status"] for row in ask(ledger, HEALTH, whole(ledger))}
     late = {"Telemetry stored", "Complete until"}  # they age while the tests run
-    assert {name for name, status in checks.items() if status != "ok"} - late == {"Dead letters"}
+    assert {name for name, status in checks.items() if status != "ok"} - late == {"Dead letters", "Batches dropped"}
 
 
 def test_a_minute_and_an_interval_that_do_not_add_up_are_seen(ledger: SeededLedger) -> None:

@@ -31,9 +31,13 @@ _PROGRESS = "SELECT topic, partition, max(offset), max(appended_ms) FROM progres
 _FRAGMENT = """
     SELECT max(appended_at), toUnixTimestamp64Milli(max(appended_at)) FROM fragments
     WHERE minute >= (SELECT max(minute) FROM fragments) - INTERVAL 10 MINUTE"""
-_BATCHES = """
-    SELECT node, run_id, first_seq, last_seq, from_ms, to_ms, batches, reason FROM gaps FINAL
-    ORDER BY to_ms DESC LIMIT {last:UInt32}"""
+_GAPS = """
+    SELECT count(), sum(batches), countIf(recent), sumIf(batches, recent), uniqExactIf(node, recent)
+    FROM (SELECT *, to_at >= fromUnixTimestamp64Milli({since_ms:Int64}, 'UTC') AS recent FROM v_gaps)"""
+_GAP_ROWS = """
+    SELECT node, run_id, first_seq, last_seq, toUnixTimestamp64Milli(from_at), toUnixTimestamp64Milli(to_at), batches,
+        reason
+    FROM v_gaps ORDER BY to_at DESC, node, run_id, first_seq LIMIT {last:UInt32}"""
 _LETTER_ROWS = """
     SELECT topic, partition, offset, toUnixTimestamp64Milli(appended_at) AS appended_ms, reason FROM v_dead_letters
     ORDER BY appended_at DESC, topic, partition, offset DESC LIMIT {last:UInt32}"""
@@ -86,6 +90,7 @@ def _read(access: Access, now_ms: int) -> dict[str, Any]:
         }
         for pool, newest, done, behind in store.rows(_POOLS, since)
     ]
+    gaps, gap_batches, recent_gaps, recent_batches, recent_nodes = map(int, store.rows(_GAPS, since)[0])
     return {
         "now": iso(now_ms // 1000 * 1000),
         "broker": broker,
@@ -104,12 +109,13 @@ def _read(access: Access, now_ms: int) -> dict[str, Any]:
             {"topic": topic, "partition": partition, "offset": str(offset), "appended": iso(int(ms)), "reason": reason}
             for topic, partition, offset, ms, reason in store.rows(_LETTER_ROWS, since)
         ],
-        "gaps": _one(store, "SELECT count() FROM gaps FINAL"),
-        "gap_batches": _one(store, "SELECT sum(batches) FROM gaps FINAL"),
+        "gaps": gaps,
+        "gap_batches": gap_batches,
+        "gaps_last_day": {"gaps": recent_gaps, "batches": recent_batches, "nodes": recent_nodes},
         "last_gaps": [
             {"node": node, "run_id": run, "first_seq": first, "last_seq": last}
             | {"from": iso(int(from_ms)), "to": iso(int(to_ms)), "batches": batches, "reason": reason}
-            for node, run, first, last, from_ms, to_ms, batches, reason in store.rows(_BATCHES, since)
+            for node, run, first, last, from_ms, to_ms, batches, reason in store.rows(_GAP_ROWS, since)
         ],
         "conflicts_last_day": {kind: int(count) for kind, count in store.rows(_CONFLICTS, since)},
     }
@@ -186,11 +192,21 @@ def _print(found: Mapping[str, Any]) -> None:
     for letter in found["last_dead_letters"]:
         where = f"{letter['topic']}/{letter['partition']} offset {letter['offset']}"
         click.echo(f"  {letter['appended']} {where}: {letter['reason']}")
-    click.echo(f"gaps: {found['gaps']:,} ({found['gap_batches']:,} batches dropped by spools)")
+    click.echo(f"telemetry gaps of the last day: {_gaps_text(found)}")
     for gap in found["last_gaps"]:
         click.echo(f"  {gap['from']} to {gap['to']} {gap['node']}: {gap['batches']:,} batches, {gap['reason']}")
     conflicts = ", ".join(f"{count:,} {kind}" for kind, count in found["conflicts_last_day"].items())
     click.echo(f"conflicts of the last day: {conflicts or 'none'}")
+
+
+def _gaps_text(found: Mapping[str, Any]) -> str:
+    """What spools dropped in the last day, and before it; the rows of the latest follow."""
+    recent = found["gaps_last_day"]
+    told = "none"
+    if recent["gaps"]:
+        told = f"{recent['gaps']:,} on {recent['nodes']:,} nodes, {recent['batches']:,} batches dropped by spools"
+    earlier = found["gaps"] - recent["gaps"]
+    return f"{told}; {earlier:,} before" if earlier else told
 
 
 def _ago(at: str | None, seconds: int | None) -> str:

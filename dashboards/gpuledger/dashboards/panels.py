@@ -69,7 +69,7 @@ class Panel:
     refresh_s: int = 2
     step_s: int = 60
     stacked: bool = True
-    look: Literal["table", "checks", "alerts", "moves"] = "table"
+    look: Literal["table", "checks", "alerts", "moves", "gaps"] = "table"
 
     def column(self, role: Role) -> Column | None:
         """The first column of a role."""

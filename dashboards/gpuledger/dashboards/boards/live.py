@@ -347,9 +347,33 @@ ALERTS = Panel(
     ),
     empty="No alert is firing.",
     look="alerts",
-    width=16,
+    width=10,
     height=7,
     refresh_s=2,
+)
+
+GAPS = Panel(
+    id="telemetry-gaps",
+    title="Telemetry gaps of a day",
+    description="Batches that never came: an agent had no broker for longer than its spool holds, and dropped the "
+    "oldest. The ledger has this time as unobserved; who held the GPUs, and what it costs, stands. Again and again: set "
+    "a larger agent.spool_max_bytes, or see why the node loses its broker.",
+    kind="table",
+    sql="SELECT to_at, from_at, node, batches, reason FROM v_gaps WHERE $__timeFilter(to_at) "
+    "ORDER BY to_at DESC, node, from_at LIMIT 100",
+    columns=(
+        Column("to_at", "To", "time", "time"),
+        Column("from_at", "From", "detail", "time"),
+        Column("node", "Node", "series"),
+        Column("batches", "Batches", "value", "count"),
+        Column("reason", "Why"),
+    ),
+    empty="No spool has dropped telemetry in the last day.",
+    look="gaps",
+    width=7,
+    height=7,
+    range="24h",
+    refresh_s=5,
 )
 
 MINUTES = Panel(
@@ -367,7 +391,7 @@ MINUTES = Panel(
     key=("minute", "pool"),
     unit="status",
     empty="No minute has been computed in this hour. Start a worker: gpuledger worker run.",
-    width=8,
+    width=7,
     height=7,
     refresh_s=5,
 )
@@ -392,6 +416,7 @@ LIVE = Board(
         RUNNING_JOBS,
         HEALTH,
         ALERTS,
+        GAPS,
         MINUTES,
     ),
     annotations=(

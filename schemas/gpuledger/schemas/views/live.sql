@@ -217,7 +217,7 @@ FROM (
 );
 
 -- The ledger's own health: one row per check, worst news in `status` (ok, warn, bad, unknown) and what to do about it.
--- Looks at the last hour, dead letters and conflicts at the last day.
+-- Looks at the last hour; dead letters, conflicts and what spools dropped at the last day.
 CREATE OR REPLACE VIEW v_live_health AS
 WITH now64(3, 'UTC') AS at,
 stored AS (
@@ -251,7 +251,8 @@ money AS (
     )
 ),
 dead AS (SELECT count() AS n FROM v_dead_letters WHERE appended_at >= at - INTERVAL 1 DAY),
-odd AS (SELECT count() AS n FROM v_conflicts WHERE hour >= at - INTERVAL 1 DAY)
+odd AS (SELECT count() AS n FROM v_conflicts WHERE hour >= at - INTERVAL 1 DAY),
+gone AS (SELECT sum(batches) AS n, uniqExact(node) AS nodes FROM v_gaps WHERE to_at >= at - INTERVAL 1 DAY)
 SELECT position, name, status, value, action FROM (
     SELECT 1 AS position, 'Telemetry stored' AS name,
         multiIf(n = 0, 'unknown', age <= 15, 'ok', age <= 60, 'warn', 'bad') AS status,
@@ -286,4 +287,8 @@ SELECT position, name, status, value, action FROM (
     UNION ALL
     SELECT 8, 'Conflicts', if(n = 0, 'ok', 'warn'), if(n = 0, 'none in a day', toString(n)),
         'Claims contradict each other: v_conflicts names both sides.' FROM odd
+    UNION ALL
+    SELECT 9, 'Batches dropped', if(n = 0, 'ok', 'warn'),
+        if(n = 0, 'none in a day', concat(toString(n), if(nodes = 1, ' on a node', concat(' on ', toString(nodes), ' nodes')))),
+        'Agents had no broker for longer than their spools hold: see Telemetry gaps.' FROM gone
 ) ORDER BY position;

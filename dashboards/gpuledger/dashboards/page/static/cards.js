@@ -99,7 +99,7 @@ export class Card {
   }
 
   empty() {
-    if (this.panel.look === "alerts") {
+    if (["alerts", "gaps"].includes(this.panel.look)) {
       this.drop();
       this.body.replaceChildren(element("p", { class: "all-good" }, element("span", { icon: "ok" }), this.panel.empty));
     } else this.message(this.panel.kind === "stat" ? "–" : "Nothing to show yet", this.panel.empty);
@@ -325,6 +325,18 @@ export class Card {
           element("span", { class: "who-cell" }, element("b", { text: `${plain(row[at("gpus")], "count")} GPUs` }), element("span", { class: "swatch", "--c": colourOf(row[at("from_tenant")]) }), `${label(row[at("from_tenant")])} →`, element("span", { class: "swatch", "--c": colourOf(row[at("to_tenant")]) }), label(row[at("to_tenant")])),
           element("span", { class: "pill", "data-status": row[at("status")], text: label(row[at("status")]) }),
           element("p", {}, element("span", { title: dateTime(when), text: `${clockTime(when)} UTC, ${relative(when, this.context.now())}` }), ` · ${row[at("pool")]}`, row[at("why")] ? ` · ${row[at("why")]}` : ""));
+      }));
+    });
+  }
+
+  gaps() {
+    const at = (key) => this.panel.columns.findIndex((column) => column.name === key);
+    this.frame("gaps", () => element("ul", { class: "moves" }), (list) => {
+      list.replaceChildren(...this.rows.map((row) => {
+        const [from, to, batches] = [row[at("from_at")], row[at("to_at")], row[at("batches")]];
+        return element("li", {},
+          element("b", { text: row[at("node")] }), element("span", { title: "not seen", text: duration(Date.parse(to) - Date.parse(from)) }),
+          element("p", {}, element("span", { title: `${dateTime(from)} to ${dateTime(to)}`, text: `${clockTime(from)} to ${clockTime(to)} UTC, ${relative(to, this.context.now())}` }), ` · ${plain(batches, "count")} ${batches === 1 ? "batch" : "batches"} · ${row[at("reason")]}`));
       }));
     });
   }
