@@ -382,9 +382,7 @@ def test_instances_are_told_apart_by_epoch_and_their_geometry_is_named(ledger: S
         ("unsliced", 0): 8_571_428,
     }
     assert (found.claims[0].instance, found.claims[0].epoch_ms) == (1, minute(1))
-    assert [each.about for each in found.facts if each.kind == "geometry"] == [
-        f"{subject.gpu}: 2 instances, 6 of 7 slices"
-    ]
+    assert [each.about for each in found.facts if each.kind == "geometry"] == ["2 instances, 6 of 7 slices"]
 
 
 # -- conflicts, gaps, and what is not known ---------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from gpuledger.cli.explain_words import At, changed, clock, cost, cut, number, ranges, table, wrapped
 from gpuledger.streams.explain_facts import moment
 from gpuledger.streams.explain_seen import counter_mj
 from gpuledger.streams.explanation import (
@@ -27,14 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["as_json", "as_text"]
 
-_MINUTE_MS = 60_000
-_DAY_MS = 86_400_000
 #: Lines of one kind beyond this are counted, not shown; `--full` shows them.
 _MOST = 12
-_MOST_VALUE = 60
-_WIDTH = 110
-
-At = Callable[[int | None], str]
 
 
 def as_json(value: Any) -> Any:
@@ -63,97 +57,47 @@ def as_json(value: Any) -> Any:
 def as_text(found: Explanation, *, full: bool, samples: Sequence[Sample] | None = None) -> list[str]:
     """The lines to print. Without `full` long lists are cut, and say so. `samples` are shown where they were asked."""
     most = 1_000_000 if full else _MOST
-    at = _clock(found.minute_ms)
+    at = clock(found.minute_ms)
     pools = " and ".join(f"pool {pool.pool}" for pool in found.pools) or "in no pool"
     out = [f"GPU {found.gpu}, minute {moment(found.minute_ms)}, {pools}"]
-    for note in found.notes:
-        out += textwrap.wrap(note, _WIDTH, initial_indent="! ", subsequent_indent="  ", break_on_hyphens=False)
+    out += wrapped(f"! {note}" for note in found.notes)
     histories = {(each.kind, each.id): each for each in found.facts}
+    labels = {claim.id: _label(n) for n, claim in enumerate(found.claims)}
     for pool in found.pools:
-        out += _segments(pool)
-    out += _claims(found.claims, histories, at)
-    out += _placements(found, histories, at)
-    out += _seen(found.fragments, most, at)
+        out += _segments(pool, labels)
+    out += wrapped(_claims(found.claims, labels, histories, at))
+    out += wrapped(_placements(found, histories, at))
+    out += wrapped(_seen(found.fragments, most, at))
     if samples is not None:
         out += _samples(samples, most, at)
     if found.gaps:
         out += ["", "Dropped batches, as the agents state"]
-        out += [
+        out += wrapped(
             f"  node {gap.node}, run {gap.run_id[:8]}: {gap.batches} batches ({gap.first_seq} to {gap.last_seq}), "
             f"{at(gap.from_ms)} to {at(gap.to_ms)}: {gap.reason}"
             for gap in found.gaps
-        ]
+        )
     if found.conflicts:
         out += ["", "Conflicts"]
-        out += [
+        out += wrapped(
             f"  {odd.kind}: {odd.subject} against {odd.other}, {at(odd.from_ms)} to {at(odd.to_ms)}: {odd.detail}"
             for odd in found.conflicts
-        ]
-    out += _superseded(found, most, at)
+        )
+    out += wrapped(_superseded(found, most, at))
     for pool in found.pools:
         out += _money(pool, at)
     return out
 
 
-# -- words ----------------------------------------------------------------------------------------------------------
-
-
-def _clock(minute_ms: int) -> At:
-    """Moments of the minute's day as times, others whole; all UTC."""
-    day = minute_ms // _DAY_MS
-
-    def at(ms: int | None) -> str:
-        if ms is None:
-            return "–"
-        text = moment(ms)
-        return text[11:].removesuffix("Z") if ms // _DAY_MS == day else text
-
-    return at
-
-
-def _number(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
-
-
-def _cost(value: Decimal | None) -> str:
-    return "–" if value is None else f"{value:f}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int]) -> list[str]:
-    """Aligned columns, indented by two."""
-    lines = [list(head), *(list(row) for row in rows)]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
-    return [
-        "  "
-        + "  ".join(
-            text.rjust(width) if n in right else text.ljust(width)
-            for n, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-
-
-def _cut(lines: list[str], most: int, what: str) -> list[str]:
-    if len(lines) <= most + 1:
-        return lines
-    return [
-        *lines[:most],
-        f"{lines[most - 1][: _indent(lines[most - 1])]}… and {len(lines) - most} more {what}: --full",
-    ]
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
-def _ranges(ranges: Iterable[tuple[int, int]], at: At) -> str:
-    return ", ".join(f"{at(start)} to {at(end)}" for start, end in ranges)
-
-
 # -- segments -------------------------------------------------------------------------------------------------------
 
 
-def _segments(pool: PoolMinute) -> list[str]:
+def _label(n: int) -> str:
+    """A to Z for the allocations, because their ids are long."""
+    return chr(ord("A") + n) if n < 26 else f"A{n}"
+
+
+def _segments(pool: PoolMinute, labels: Mapping[str, str]) -> list[str]:
     if not pool.segments:
         return ["", f"Segments in pool {pool.pool}: none ({pool.why_not})"]
     again = {True: "; computed again now they are the same", False: "; COMPUTED AGAIN NOW THEY DIFFER", None: ""}
@@ -162,44 +106,46 @@ def _segments(pool: PoolMinute) -> list[str]:
     if pool.why_not:
         out.append(f"  ({pool.why_not})")
     head = ("kind", "tenant", "job", "inst", "activity", "GPU-us", "mJ", "from")
-    rows = [_segment_row(each) for each in pool.segments]
+    rows = [_segment_row(each, labels) for each in pool.segments]
     right = "= its time in service" if pool.segments_us == pool.service_us else f"BUT {pool.service_us:,} in service"
     energies = [each.energy_mj for each in pool.segments if each.energy_mj is not None]
-    rows.append(("sum", "", "", "", "", _number(pool.segments_us), _number(sum(energies)) if energies else "–", right))
-    out += _table(head, rows, (3, 5, 6))
+    rows.append(("sum", "", "", "", "", number(pool.segments_us), number(sum(energies)) if energies else "–", right))
+    out += table(head, rows, (3, 5, 6))
     if any(each.kind not in ("held", "unconfirmed") for each in pool.segments) and pool.unheld:
         out.append("  what nobody holds, all GPUs of the pool in this minute:")
         out += [f"    {row.kind} {row.tenant}".rstrip() + f" {row.gpu_us:,} GPU-us" for row in pool.unheld]
     return out
 
 
-def _segment_row(each: Segment) -> tuple[str, ...]:
-    source = ", ".join(each.facts)
+def _segment_row(each: Segment, labels: Mapping[str, str]) -> tuple[str, ...]:
     count = len(each.fragments)
-    source += "; " if source else ""
-    source += f"{count} fragment{'' if count == 1 else 's'}" if count else "no fragment covers it"
+    source = f"{count} fragment{'' if count == 1 else 's'}" if count else "no fragment covers it"
+    if each.facts:
+        source = f"allocation {', '.join(labels[id_] for id_ in each.facts)}; {source}"
     inst = str(each.instance) if each.instance else ""
     kind = (each.kind, each.tenant or "–", each.job_id or "–", inst, each.activity)
-    return (*kind, _number(each.gpu_us), _number(each.energy_mj), source)
+    return (*kind, number(each.gpu_us), number(each.energy_mj), source)
 
 
 # -- facts ----------------------------------------------------------------------------------------------------------
 
 
-def _claims(all_claims: Sequence[Claim], histories: dict[tuple[str, str], FactHistory], at: At) -> list[str]:
+def _claims(
+    all_claims: Sequence[Claim], labels: Mapping[str, str], histories: Mapping[tuple[str, str], FactHistory], at: At
+) -> list[str]:
     out = ["", "Who held it"] if all_claims else ["", "Who held it: no allocation touches this minute"]
     for claim in all_claims:
         instance = f", instance {claim.instance}" if claim.instance else ""
         epoch = f" made {moment(claim.epoch_ms)}" if claim.epoch_ms else ""
         out.append(
-            f"  allocation {claim.id}: job {claim.job_id}, {claim.source}, weight {claim.weight}{instance}{epoch}, "
-            f"node {claim.node}"
+            f"  {labels[claim.id]}  allocation {claim.id}: job {claim.job_id}, {claim.source}, "
+            f"weight {claim.weight}{instance}{epoch}, node {claim.node}"
         )
         out.append(f"    {at(claim.start_ms)} {_end(claim, at)}")
         for part in claim.tenants:
             when = "" if len(claim.tenants) == 1 else f" {at(part.start_ms)} to {at(part.end_ms)}"
             out.append(f"    tenant {part.tenant}{when}: {part.because}")
-        counts = f"counts {_ranges(claim.counts, at)}" if claim.counts else "does not count"
+        counts = f"counts {ranges(claim.counts, at)}" if claim.counts else "does not count"
         why = f"; {claim.not_counted}" if claim.not_counted else ""
         out.append(f"    {counts}{why}")
         out += _learnt(histories.get(("allocation", claim.id)), at)
@@ -229,13 +175,13 @@ def _revision(each: Revision, at: At) -> str:
     return f"{each.revision}, claimed {at(each.claimed_ms)}, learnt {at(each.learnt_ms)} ({where})"
 
 
-def _placements(found: Explanation, histories: dict[tuple[str, str], FactHistory], at: At) -> list[str]:
+def _placements(found: Explanation, histories: Mapping[tuple[str, str], FactHistory], at: At) -> list[str]:
     out = ["", "Where it was"] if found.placements else ["", "Where it was: no placement touches this minute"]
     for each in found.placements:
         until = "on" if each.end_ms is None else f"to {at(each.end_ms)}"
         out.append(f"  placement {each.id}: node {each.node}, pool {each.pool}, {at(each.start_ms)} {until}")
         if each.beaten_by:
-            serves = f"serves {_ranges(each.serves, at)}" if each.serves else "serves nowhere in this minute"
+            serves = f"serves {ranges(each.serves, at)}" if each.serves else "serves nowhere in this minute"
             out.append(f"    {serves}: {each.beaten_by} has the newer claim")
         out += _learnt(histories.get(("placement", each.id)), at)
     for (kind, id_), history in histories.items():
@@ -264,7 +210,7 @@ def _seen(fragments: Sequence[Seen], most: int, at: At) -> list[str]:
             f"{sum(each.samples for each in of_run)} samples"
         )
         lines = [line for each in of_run for line in _fragment(each, at)]
-        out += _cut(lines, most, "segments of fragments")
+        out += cut(lines, most, "segments of fragments")
     return out
 
 
@@ -281,7 +227,7 @@ def _part(part: SeenPart, at: At) -> str:
     text = f"{at(part.start_ms)} to {at(part.end_ms)} {part.activity}{energy}"
     if part.believed == [(part.start_ms, part.end_ms)]:
         return text
-    believed = f"believed {_ranges(part.believed, at)}" if part.believed else "not believed"
+    believed = f"believed {ranges(part.believed, at)}" if part.believed else "not believed"
     return f"{text}; {believed}: {part.instead} comes first"
 
 
@@ -296,13 +242,13 @@ def _samples(samples: Sequence[Sample], most: int, at: At) -> list[str]:
             "–" if each.sm_active is None else f"{each.sm_active:.3f}",
             "–" if each.gpu_util_pct is None else f"{each.gpu_util_pct:.0f}",
             "–" if each.power_mw is None else f"{each.power_mw:,.0f}",
-            _number(each.counter_mj),
+            number(each.counter_mj),
         )
         for each in samples
     ]
     head = ("run/seq", "inst", "time", "SM active", "utilisation %", "power mW", "counter mJ")
-    title, *lines = _table(head, rows, (1, 3, 4, 5, 6))
-    return ["", "Samples, as the broker still has them", title, *_cut(lines, most, "samples")]
+    title, *lines = table(head, rows, (1, 3, 4, 5, 6))
+    return ["", "Samples, as the broker still has them", title, *cut(lines, most, "samples")]
 
 
 # -- what superseded what -------------------------------------------------------------------------------------------
@@ -313,14 +259,15 @@ def _superseded(found: Explanation, most: int, at: At) -> list[str]:
     corrected = [each for each in found.facts if len(each.revisions) > 1]
     for each in corrected:
         out.append(f"  {each.kind} {each.id} ({each.about})")
-        out += _cut([line for one in each.revisions for line in _superseding(one, at)], 2 * most, "lines")
+        out += cut([line for one in each.revisions for line in _superseding(one, at)], 2 * most, "lines")
     once = [each for each in found.facts if len(each.revisions) == 1]
     lines = [f"    {each.kind} {each.id} ({each.about}), learnt {at(each.current.learnt_ms)}" for each in once]
     if once:
-        out += ["  never corrected", *_cut(lines, most, "facts")]
+        out += ["  never corrected", *cut(lines, most, "facts")]
     for pool in found.pools:
         out.append(f"  computations of the minute of pool {pool.pool} that are still stored, oldest first")
-        out += [line for each in pool.versions[-most:] for line in _version(each, at)]
+        newest = [row for each in pool.versions if each.counts for row in each.gpu_rows]
+        out += [line for each in pool.versions[-most:] for line in _version(each, newest, at)]
         if len(pool.versions) > most:
             out.append(f"    … and {len(pool.versions) - most} older ones: --full")
     return out
@@ -330,35 +277,19 @@ def _superseding(each: Revision, at: At) -> list[str]:
     state = {"counts": "counts", "superseded": "superseded", "late": "came after a newer one, never counted"}
     out = [f"    {_revision(each, at)}: {state[each.state]}"]
     for change in each.changes:
-        before, after = (_value(value) for value in (change.before, change.after))
-        out.append(f"      {change.field}: {before} → {after}")
+        out.append(f"      {change.field}: {changed(change.before, change.after)}")
     return out
 
 
-def _value(value: str | None) -> str:
-    if value is None:
-        return "none"
-    return value if len(value) <= _MOST_VALUE else f"{value[:_MOST_VALUE]}…"
-
-
-def _version(each: MinuteVersion, at: At) -> list[str]:
-    name = f"{each.epoch}/{each.offset}/{each.random}"
-    if each.complete is None:
-        state = "superseded; rows that no later one replaced are left"
-    else:
-        state = f"{'counts' if each.counts else 'superseded'}; {'complete' if each.complete else 'open'}"
-        state += f", {_number(each.fragments)} fragments of the pool read"
-    out = [f"    version {name}: {state}"]
-    if each.marks is None and not each.counts:
-        out += [f"      {_left(row)}" for row in each.gpu_rows]
-        return out
+def _version(each: MinuteVersion, newest: Sequence[Segment], at: At) -> list[str]:
+    fragments = "" if each.fragments is None else f", {number(each.fragments)} fragments of the pool read"
+    complete = "" if each.complete is None else f", {'complete' if each.complete else 'open'}"
+    state = f"{'counts' if each.counts else 'superseded'}{complete}{fragments}"
+    out = [f"    version {each.epoch}/{each.offset}/{each.random}: {state}"]
     for mark in (each.marks or [])[-3:]:
-        out.append(
-            f"      because of {mark.why or 'a mark'}, marked {at(mark.appended_ms)} (dirty offset {mark.offset})"
-        )
-    if not each.counts:
-        out += [f"      {_left(row)}" for row in each.gpu_rows]
-    return out
+        why = f"because of {mark.why or 'a mark'}, marked {at(mark.appended_ms)}"
+        out.append(f"      {why} (dirty offset {mark.offset})")
+    return out + [f"      {_left(row)}" for row in each.gpu_rows if not each.counts and row not in newest]
 
 
 def _left(row: Segment) -> str:
@@ -377,11 +308,11 @@ def _money(pool: PoolMinute, at: At) -> list[str]:
     rows: list[tuple[str, ...]] = []
     for each in pool.money:
         names = each.kind, each.tenant or "–", each.job_id or "–", each.activity
-        booked = _number(each.row_us), _cost(each.row_asset_cost), _cost(each.row_charge)
-        share = _number(each.share_us), _cost(each.share_asset_cost), _cost(each.share_charge)
+        booked = number(each.row_us), cost(each.row_asset_cost), cost(each.row_charge)
+        share = number(each.share_us), cost(each.share_asset_cost), cost(each.share_charge)
         rows += [(*names, "booked", *booked), ("", "", "", "", "share", *share)]
     head = ("kind", "tenant", "job", "activity", "", "GPU-us", "asset cost", "charge")
-    out += _table(head, rows, (5, 6, 7))
+    out += table(head, rows, (5, 6, 7))
     cards = sorted({each.rate_card for each in pool.money if each.rate_card})
     currencies = sorted({each.asset_currency for each in pool.money} | {each.charge_currency for each in pool.money})
     out.append(f"  in {' and '.join(filter(None, currencies))}; rate card: {', '.join(cards) or 'none'}")

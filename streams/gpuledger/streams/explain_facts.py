@@ -95,12 +95,12 @@ def _changes(before: Fact, after: Fact) -> list[Change]:
 def _about(fact: Fact) -> str:
     match fact:
         case Placement():
-            return f"{fact.gpu} on node {fact.node}, pool {fact.pool}"
+            return f"node {fact.node}, pool {fact.pool}"
         case Geometry():
-            return f"{fact.gpu}: {len(fact.instances)} instances, {fact.sliced} of {fact.slices} slices"
+            return f"{len(fact.instances)} instances, {fact.sliced} of {fact.slices} slices"
         case Allocation():
-            part = "" if fact.weight_num == fact.weight_den else f"{fact.weight_num}/{fact.weight_den} of "
-            return f"job {fact.job_id} on {part}{fact.gpu}, by {fact.source}"
+            part = "" if fact.weight_num == fact.weight_den else f", {fact.weight_num}/{fact.weight_den} of the GPU"
+            return f"job {fact.job_id}{part}, by {fact.source}"
         case Job():
             return f"state {fact.state or 'not told'}, by {fact.source}"
         case Commitment():
