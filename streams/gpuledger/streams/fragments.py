@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gpuledger.schemas.telemetry import GAUGES, PERIODS_COVERED, Activity
+from gpuledger.streams.counters import linear
 from gpuledger.streams.decode import TelemetryBlock
 
 __all__ = ["MINUTE_MS", "SLOPE_BIN_MW", "Fragments", "fragments"]
@@ -83,17 +84,6 @@ def _activities(block: TelemetryBlock, order: Ints) -> NDArray[np.uint8]:
     return np.where(down, int(Activity.DOWN), activity).astype(np.uint8)
 
 
-def _linear(at: Ints, start: Ints, end: Ints, first: Ints, last: Ints) -> Ints:
-    """floor of the energy at `at` on the line from (start, first) to (end, last)."""
-    rise, run, width = last - first, at - start, end - start
-    found = first + (rise * run) // width
-    # A counter that jumps, or was read days apart, needs more than 64 bits in between.
-    long = np.flatnonzero(rise.astype(np.float64) * run >= 2.0**62)
-    for n in long.tolist():
-        found[n] = int(first[n]) + int(rise[n]) * int(run[n]) // int(width[n])
-    return found
-
-
 def _cover(block: TelemetryBlock) -> tuple[_Pieces, Ints]:
     """The covered intervals of all samples, cut at minutes, and the order of the samples they refer to."""
     base = np.cumsum([0] + [len(header.devices) for header in block.headers])
@@ -136,8 +126,8 @@ def _cover(block: TelemetryBlock) -> tuple[_Pieces, Ints]:
         start=start,
         end=end,
         activity=_activities(block, order)[sample],
-        energy_from=np.where(is_known, _linear(start, *line), _UNKNOWN),
-        energy_to=np.where(is_known, _linear(end, *line), _UNKNOWN),
+        energy_from=np.where(is_known, linear(start, *line), _UNKNOWN),
+        energy_to=np.where(is_known, linear(end, *line), _UNKNOWN),
         last_of_sample=nth == np.repeat(count, count) - 1,
     )
     return pieces, order

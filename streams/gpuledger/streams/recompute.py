@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from gpuledger.finance.apportion import apportion_groups
 from gpuledger.schemas.telemetry import Activity
+from gpuledger.streams.counters import linear
 from gpuledger.streams.holders import Conflict, PoolFacts, Spans, spans
 from gpuledger.streams.observed import Observed, observed
 from gpuledger.streams.pieces import MINUTE_MS, Pieces, expand, pieces
@@ -129,10 +130,7 @@ def _sum(keys: tuple[Ints, ...], us: Ints, energy: Ints, blind: Ints, *, partly:
 
     `partly`: more rows of these keys are to come, so that a row without time and energy may still take some away.
     """
-    sizes = [int(key.max()) + 1 if len(key) else 1 for key in keys]
-    combined = np.zeros(len(us), dtype=np.int64)
-    for key, size in zip(keys, sizes, strict=True):
-        combined = combined * size + key
+    combined = np.ravel_multi_index(keys, [int(key.max(initial=0)) + 1 for key in keys])
     unique, first, inverse = np.unique(combined, return_index=True, return_inverse=True)
     sums = [np.zeros(len(unique), dtype=np.int64) for _ in range(3)]
     for total, values in zip(sums, (us, energy, blind), strict=True):
@@ -154,13 +152,10 @@ def _stacked(parts: Sequence[Amounts]) -> tuple[tuple[Ints, ...], Ints, Ints, In
 # ------------------------------------------------------------------------------------------------- telemetry
 
 
-def _cells(seen: Observed, cut: Pieces) -> _Cells:
+def _cells(seen: Observed, cut: Pieces, window: Window) -> _Cells:
     """The pieces' minutes in which their GPU has observed segments."""
-    base = int(cut.minute.min()) if len(cut.minute) else 0
-    width = int((cut.minute + cut.count).max()) - base + 1 if len(cut.minute) else 1
-    minute = seen.start // MINUTE_MS
-    inside = (minute >= base) & (minute < base + width)
-    cells = np.unique(seen.gpu[inside] * width + minute[inside] - base)
+    base, width = window.from_ms // MINUTE_MS, window.minutes
+    cells = np.unique(seen.gpu * width + seen.start // MINUTE_MS - base)
     first = np.searchsorted(cells, cut.gpu * width + cut.minute - base)
     last = np.searchsorted(cells, cut.gpu * width + cut.minute + cut.count - base)
     piece, position = expand(last - first)
@@ -169,23 +164,21 @@ def _cells(seen: Observed, cut: Pieces) -> _Cells:
     return _Cells(piece, minute, start, start + cut.length[piece])
 
 
-def _match(seen: Observed, cells: _Cells, gpu_of_cell: Ints, from_ms: int, to_ms: int) -> tuple[Ints, Ints]:
+def _match(seen: Observed, cells: _Cells, gpu_of_cell: Ints, window: Window) -> tuple[Ints, Ints]:
     """(segment, cell) for every pair of one GPU that overlaps in time. Cells are sorted by (gpu, start), disjoint."""
-    width = to_ms - from_ms + 2
-    starts = gpu_of_cell * width + cells.start - from_ms
-    ends = gpu_of_cell * width + cells.end - from_ms
+    width = window.to_ms - window.from_ms
+    cell_base, base = gpu_of_cell * width - window.from_ms, seen.gpu * width - window.from_ms
     # Segments lie in minutes of the window, because fragments of other minutes are not read.
-    first = np.searchsorted(ends, seen.gpu * width + seen.start - from_ms, side="right")
-    last = np.searchsorted(starts, seen.gpu * width + seen.end - from_ms, side="left")
-    segment, position = expand(np.maximum(last - first, 0))
+    first = np.searchsorted(cell_base + cells.end, base + seen.start, side="right")
+    last = np.searchsorted(cell_base + cells.start, base + seen.end, side="left")
+    segment, position = expand(last - first)
     return segment, first[segment] + position
 
 
 def _line(seen: Observed, segment: Ints, at: Ints) -> Ints:
     """floor of the energy counter at `at`, linear between the segment's two readings."""
-    start, end = seen.line_start[segment], seen.line_end[segment]
-    first, last = seen.energy_from[segment], seen.energy_to[segment]
-    return first + (last - first) * (at - start) // np.maximum(end - start, 1)
+    line = seen.line_start, seen.line_end, seen.energy_from, seen.energy_to
+    return linear(at, *(column[segment] for column in line))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +192,10 @@ class _Energy:
 
 
 def _energy_moves(
-    seen: Observed, segment: Ints, cell: Ints, cells: _Cells, cut: Pieces, of_entry: _Uses, base: Ints
+    seen: Observed, segment: Ints, cell: Ints, cells: _Cells, cut: Pieces, of_entry: _Uses, window: Window
 ) -> _Energy:
     """The energy of each segment within each cell, by weight to all entries there; of the entries on a MIG instance to
-    what the instance was seen doing meanwhile, and to `base` (activity by piece) where it was not seen."""
+    what the instance was seen doing meanwhile, and to unobserved or pending where it was not seen."""
     begin = np.maximum(seen.start[segment], cells.start[cell])
     finish = np.minimum(seen.end[segment], cells.end[cell])
     known = np.flatnonzero(seen.energy_from[segment] >= 0)
@@ -218,11 +211,11 @@ def _energy_moves(
         return alone
     part = np.flatnonzero(~whole)
     at = known[row[part]]
-    bounds = begin[at], finish[at]
-    owner, activity, mj = _by_instance(seen, cut.gpu[piece[row[part]]], of_entry, entry[part], bounds, share[part])
-    rest = share[part].copy()
+    shared = _Shares(cut.gpu[piece[row[part]]], entry[part], begin[at], finish[at], share[part])
+    owner, activity, mj = _by_instance(seen, of_entry, shared, window)
+    rest = share[part]
     np.subtract.at(rest, owner, mj)
-    unseen = base[piece[row[part]]]
+    unseen = _base(minute[part], window)
     return _Energy(
         entry=np.concatenate([alone.entry, entry[part][owner], entry[part]]),
         minute=np.concatenate([alone.minute, minute[part][owner], minute[part]]),
@@ -231,32 +224,39 @@ def _energy_moves(
     )
 
 
-def _by_instance(
-    seen: Observed, gpu: Ints, of_entry: _Uses, entry: Ints, bounds: tuple[Ints, Ints], share: Ints
-) -> tuple[Ints, Ints, Ints]:
-    """(row, activity, millijoules) of the stretches of `bounds` in which the instance of each row was seen: the share
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """Energy `mj` that `entry` of a GPU used in [begin, finish)."""
+
+    gpu: Ints
+    entry: Ints
+    begin: Ints
+    finish: Ints
+    mj: Ints
+
+
+def _by_instance(seen: Observed, of_entry: _Uses, shares: _Shares, window: Window) -> tuple[Ints, Ints, Ints]:
+    """(row, activity, millijoules) of the stretches of the shares in which the instance of each was seen: its energy
     by time, in differences that telescope."""
-    begin, finish = bounds
     slices = seen.take(np.flatnonzero(seen.instance != 0))
     device = slices.gpu << 16 | slices.instance
     known = np.unique(device)
-    wanted = gpu << 16 | of_entry.instance[entry]
+    wanted = shares.gpu << 16 | of_entry.instance[shares.entry]
     place = np.searchsorted(known, wanted)
     there = np.flatnonzero(np.append(known, -1)[place] == wanted)
-    base = int(min(slices.start.min(initial=1 << 60), begin.min(initial=1 << 60)))
-    width = int(max(slices.end.max(initial=0), finish.max(initial=0))) - base + 1
-    at = np.searchsorted(known, device) * width - base
-    of_row = place[there] * width - base
-    first = np.searchsorted(at + slices.end, of_row + begin[there], side="right")
-    last = np.searchsorted(at + slices.start, of_row + finish[there], side="left")
-    row, position = expand(np.maximum(last - first, 0))
+    width = window.to_ms - window.from_ms
+    at = np.searchsorted(known, device) * width - window.from_ms
+    of_row = place[there] * width - window.from_ms
+    first = np.searchsorted(at + slices.end, of_row + shares.begin[there], side="right")
+    last = np.searchsorted(at + slices.start, of_row + shares.finish[there], side="left")
+    row, position = expand(last - first)
     segment, row = first[row] + position, there[row]
-    mine = np.flatnonzero(_same_epoch(of_entry.epoch[entry[row]], slices.epoch[segment]))
+    mine = np.flatnonzero(_same_epoch(of_entry.epoch[shares.entry[row]], slices.epoch[segment]))
     segment, row = segment[mine], row[mine]
-    lo, hi = np.maximum(slices.start[segment], begin[row]), np.minimum(slices.end[segment], finish[row])
-    length = finish[row] - begin[row]
-    mj = share[row] * (hi - begin[row]) // length - share[row] * (lo - begin[row]) // length
-    return row, slices.activity[segment], mj
+    begin, finish, nothing = shares.begin[row], shares.finish[row], np.zeros(len(row), dtype=np.int64)
+    line = begin, finish, nothing, shares.mj[row]
+    until = linear(np.minimum(slices.end[segment], finish), *line)
+    return row, slices.activity[segment], until - linear(np.maximum(slices.start[segment], begin), *line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +273,7 @@ def _same_epoch(a: Ints, b: Ints) -> NDArray[np.bool_]:
 
 
 def _moves(seen: Observed, cut: Pieces, cells: _Cells, spans_: Spans, window: Window) -> _Moves:
-    segment, cell = _match(seen, cells, cut.gpu[cells.piece], window.from_ms, window.to_ms)
+    segment, cell = _match(seen, cells, cut.gpu[cells.piece], window)
     piece = cells.piece[cell]
     begin = np.maximum(seen.start[segment], cells.start[cell])
     finish = np.minimum(seen.end[segment], cells.end[cell])
@@ -292,7 +292,7 @@ def _moves(seen: Observed, cut: Pieces, cells: _Cells, spans_: Spans, window: Wi
     activity, minute = seen.activity[segment[pair]], cells.minute[cell[pair]]
 
     # A slice's share of the GPU's energy is known even where what the slice did is not.
-    energy = _energy_moves(seen, segment, cell, cells, cut, of_entry, _base(cut.minute, window))
+    energy = _energy_moves(seen, segment, cell, cells, cut, of_entry, window)
     known = seen.energy_from[segment[pair]] >= 0
     return _Moves(
         entry=np.concatenate([entry, energy.entry]),
@@ -442,7 +442,7 @@ class _Frame:
         """What these fragments change in the sums; `by_gpu_minute` is whole for their minutes."""
         window, entries = self.window, self.entries
         seen = observed(fragments, {gpu: n for n, gpu in enumerate(self.spans.gpus)})
-        cells = _cells(seen, self.cut)
+        cells = _cells(seen, self.cut, window)
         found = _moves(seen, self.cut, cells, self.spans, window)
         minute = found.minute - window.from_ms // MINUTE_MS
         moves = _Moves(found.entry, minute, found.activity, found.us, found.energy)
