@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
+from typing import Any
 
 from gpuledger.streams.explain_facts import moment
 
