@@ -9,7 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gpuledger.finance import apportion
 from gpuledger.finance.apportion import apportion_groups, largest_remainder, largest_remainder_exact
+from gpuledger.finance.exact import divide_products
 
 HUGE = 2**63 - 1
 weight_lists = st.lists(
@@ -137,6 +139,43 @@ def test_sums_of_weights_around_2_to_the_62() -> None:
     assert parts.tolist() == [2, 5, 4, 3, 4, 3, 3, 3, 2, 3, 2, 2, 2, 1, 1, 1, 1]
     for total, weights in zip((7, 7, 7, 8, 7, 6), groups, strict=True):
         assert largest_remainder(total, array(weights)).tolist() == largest_remainder_exact(total, weights)
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "exact"),
+    [
+        (2**62 - 1, [1], False),
+        (-(2**62) + 1, [1], False),
+        (2**62, [1], True),
+        (-(2**62), [1], True),
+        (5, [2**61, 2**61 - 1], False),
+        (5, [2**61 - 1, 2**61], False),
+        (5, [2**61, 2**61], True),
+        (5, [2**61 - 1, 2**61 + 1], True),  # the lower halves carry
+        (5, [2**62 - 1, 0, 0], False),  # three times the largest weight would be too much
+        (5, [2**31] * 8, False),
+    ],
+)
+def test_only_what_64_bits_cannot_divide_is_divided_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, total: int, weights: list[int], exact: bool
+) -> None:
+    # `divide_products` wants operands below 2^62. Beside the group in question there is one that is small.
+    slow: list[int] = []
+
+    def divided(amount: np.ndarray, factor: np.ndarray, divisor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert max(int(operand.max()) for operand in (amount, factor, divisor)) < 2**62
+        return divide_products(amount, factor, divisor)
+
+    def one_by_one(total: int, weights: list[int]) -> list[int]:
+        slow.append(total)
+        return oracle(total, weights)
+
+    monkeypatch.setattr(apportion, "divide_products", divided)
+    monkeypatch.setattr(apportion, "largest_remainder_exact", one_by_one)
+    ids = np.array([0] * len(weights) + [1, 1])
+    parts = apportion_groups(array([total, 3]), ids, array([*weights, 1, 1]))
+    assert parts.tolist() == [*oracle(total, weights), 2, 1]
+    assert slow == ([total] if exact else [])
 
 
 def test_a_group_without_weight_divides_nothing_by_nothing() -> None:

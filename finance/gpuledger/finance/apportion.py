@@ -136,9 +136,8 @@ def _apportion(
     candidates = np.flatnonzero(remainders)
     if len(candidates):
         of = group[candidates]
-        # lexsort is stable, so equal remainders keep the order of their positions.
+        # By group, as they are already, then by remainder; lexsort is stable, so equal ones keep their positions.
         order = np.lexsort((-remainders[candidates], of))
-        of = of[order]
         rank = np.arange(len(of)) - np.searchsorted(of, of)
         parts[candidates[order[rank < missing[of]]]] += 1
     return parts * np.sign(totals)[group]
