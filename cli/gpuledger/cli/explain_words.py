@@ -70,7 +70,7 @@ def wrapped(lines: Iterable[str]) -> list[str]:
         indent = " " * (len(line) - len(line.lstrip()))
         # Names are not broken: somebody copies them.
         out += textwrap.wrap(
-            line,
+            line.strip(),
             WIDTH,
             initial_indent=indent,
             subsequent_indent=f"{indent}  ",
