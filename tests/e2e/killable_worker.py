@@ -27,7 +27,6 @@ from gpuledger.schemas.config import load_config
 from gpuledger.streams import app, intake, recomputer
 from gpuledger.streams.blocks import Record
 from gpuledger.streams.dirty import Pace
-from gpuledger.streams.holders import PoolFacts
 from gpuledger.streams.intake import Barrier, Stored
 from gpuledger.streams.ledger_rows import Fingerprints, Version
 from gpuledger.streams.recompute import Ledger
@@ -110,12 +109,12 @@ class Fuse:
             insert(self, table, rows)
 
         def noted_compute(
-            self: Recomputer, pool: str, from_ms: int, to_ms: int, facts: PoolFacts | None = None
+            self: Recomputer, pool: str, from_ms: int, to_ms: int, *rest: Any, **more: Any
         ) -> tuple[Ledger, Fingerprints, Rates]:
             hours = to_ms % 3_600_000 == 0
             if hours:  # of a slice of the open hour, which has no whole end, nobody here wants to know
                 fuse.slice("before_read", pool, from_ms, to_ms)
-            found = compute(self, pool, from_ms, to_ms, facts)
+            found = compute(self, pool, from_ms, to_ms, *rest, **more)
             fuse._slice = (pool, from_ms, to_ms) if hours and found[1].fragments.sum() > 0 else None
             if fuse._slice is not None:
                 fuse.slice("read", pool, from_ms, to_ms)

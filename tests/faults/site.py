@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 import time
@@ -152,7 +153,9 @@ class Site:
         parts = [(worker.log_file.name, worker.log()) for worker in self.installation.workers[-3:]]
         parts += [("sender.log", read_tail(self.directory / "sender.log"))]
         parts += [(service.name, service.log()) for service in self.services]
-        return "\n".join(f"--- {name}\n" + "\n".join(text.splitlines()[-20:]) for name, text in parts)
+        errors = [f"--- error of {worker.log_file.name}: {_last_error(worker.log())}" for worker in self.workers]
+        ends = [f"--- {name}\n" + "\n".join(text.splitlines()[-20:]) for name, text in parts]
+        return "\n".join([*ends, *errors])
 
     # -- the load
 
@@ -191,5 +194,5 @@ async def _bounded(coroutine: Any) -> Any:
 
 
 def _last_error(log: str) -> str:
-    lines = [line for line in log.splitlines() if "rror" in line]
+    lines = [line for line in log.splitlines() if re.search(r"rror|obeys|failed", line)]
     return (lines or log.splitlines() or [""])[-1][:300]
