@@ -8,9 +8,11 @@ writes. Nothing is inserted that the product could not have written.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import random
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -19,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from gpuledger.schemas.config import ClickHouse
 from gpuledger.schemas.events import (
     Allocation,
     AssetCost,
@@ -94,8 +97,10 @@ def rules() -> LedgerRules:
     return LedgerRules(grace_ms=60_000, confirm_ms=600_000, price_interval_minutes=15, gates=dict.fromkeys(_GATES, 1))
 
 
-def fill(store: Store, day: Day) -> None:
-    """Writes the day into a migrated, empty database; prints what it does, for it takes minutes."""
+def fill(settings: ClickHouse, day: Day, jobs: int) -> None:
+    """Writes the day into a migrated, empty database, the ledger in `jobs` processes; prints what it does, for it takes
+    minutes."""
+    store = Store(settings)
     began = time.monotonic()
 
     def say(what: str) -> None:
@@ -108,14 +113,22 @@ def fill(store: Store, day: Day) -> None:
     count, parts = store.rows("SELECT count(), uniqExact(_part) FROM fragments")[0]
     say(f"{count:,} fragments in {parts} parts")
     _progress(store, day.end_ms + 10 * MINUTE_MS)
-    recomputer, offset = Recomputer(store, rules()), 0
-    for hour in range(day.start_ms, day.end_ms, HOUR_MS):
-        for pool in day.pool_names:
-            offset += 1
-            recomputer.hours(pool, hour, hour + HOUR_MS, Version(1, offset, 1))
-        say(f"ledger of hour {(hour - day.start_ms) // HOUR_MS}")
+    # A pool is one process's, as with workers.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as workers:
+        for pool in workers.map(_compute, *zip(*((settings, day, pool) for pool in day.pool_names), strict=True)):
+            say(f"ledger of {pool}")
     for table in ("ledger_minute", "ledger_gpu_minute", "ledger_gpu_hour", "ledger_job_hour", "charges"):
         say(f"{store.rows(f'SELECT count() FROM {table}')[0][0]:,} rows of {table}")
+    store.close()
+
+
+def _compute(settings: ClickHouse, day: Day, pool: str) -> str:
+    store = Store(settings)
+    recomputer = Recomputer(store, rules())
+    for n, hour in enumerate(range(day.start_ms, day.end_ms, HOUR_MS)):
+        recomputer.hours(pool, hour, hour + HOUR_MS, Version(1, n, 1))
+    store.close()
+    return pool
 
 
 # ------------------------------------------------------------------------------------------------- facts
@@ -203,7 +216,7 @@ def _progress(store: Store, appended_ms: int) -> None:
 
 def _store_fragments(store: Store, day: Day) -> None:
     """One cycle by the product's functions, the others by the engine as the same rows later."""
-    store.client.command("CREATE TABLE cycle AS fragments ENGINE = MergeTree ORDER BY (minute, gpu)")
+    store.client.command("CREATE TABLE cycle ENGINE = MergeTree ORDER BY minute AS SELECT * FROM fragments LIMIT 0")
     for first in range(0, day.nodes, 200):
         found = fragments(_block(day, range(first, min(first + 200, day.nodes))))
         assert found is not None

@@ -126,9 +126,10 @@ FROM (
     FROM v_ledger_minute WHERE $minute AND kind IN ('held', 'unconfirmed') GROUP BY at_ms, who, what, did
     UNION ALL
     SELECT $unit(minute) AS at_ms, '' AS who, 'unallocated' AS what, '' AS did, sum(toInt128(gpu_us)) AS us, 0 AS side
-    FROM v_ledger_minute WHERE $minute AND kind IN ('reserved_unused', 'free') GROUP BY at_ms
+    FROM v_ledger_minute WHERE $minute AND kind IN ('reserved_unused', 'free', 'unsliced') GROUP BY at_ms
     UNION ALL
-    SELECT $unit(hour) AS at_ms, tenant AS who, kind AS what, if(kind = 'unallocated', '', activity) AS did,
+    SELECT $unit(hour) AS at_ms, tenant AS who, if(kind = 'unsliced', 'unallocated', kind) AS what,
+        if(kind IN ('unallocated', 'unsliced'), '', activity) AS did,
         sum(toInt128(gpu_us)) AS us, 1 AS side
     FROM v_gpu_hour WHERE $hour GROUP BY at_ms, who, what, did
 )
@@ -176,7 +177,7 @@ FROM (
     FROM v_job_hour WHERE $hour GROUP BY at_ms, tenant, job_id, kind, activity
     UNION ALL
     SELECT $unit(minute) AS at_ms, tenant, '' AS job_id, kind, activity, sum(toInt128(gpu_us)) AS us, 0 AS side
-    FROM v_ledger_minute WHERE $minute AND kind IN ('reserved_unused', 'free', 'overcommitted')
+    FROM v_ledger_minute WHERE $minute AND kind IN ('reserved_unused', 'free', 'unsliced', 'overcommitted')
     GROUP BY at_ms, tenant, kind, activity
     UNION ALL
     SELECT $unit(interval_start) AS at_ms, tenant, job_id, kind, activity, sum(toInt128(gpu_us)) AS us, 1 AS side

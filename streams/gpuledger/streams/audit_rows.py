@@ -16,22 +16,26 @@ from numpy.typing import NDArray
 
 from gpuledger.finance.charges import Quantities, charge_interval
 from gpuledger.finance.charges_table import charges_table
-from gpuledger.finance.rates import price_intervals, rates_from
+from gpuledger.finance.rates import Rates, price_intervals, rates_from
 from gpuledger.streams import ledger_rows
 from gpuledger.streams.audit_checks import Finding, Unit
+from gpuledger.streams.fingerprints import RatePrints
 from gpuledger.streams.holders import PoolFacts, spans
-from gpuledger.streams.marks import MINUTE_MS
+from gpuledger.streams.ledger_digest import row_hashes
+from gpuledger.streams.marks import MINUTE_MS, Ranges
 from gpuledger.streams.pieces import expand
 from gpuledger.streams.recomputer import LedgerRules, Recomputer
 from gpuledger.streams.store import Store
 
 __all__ = [
     "Service",
+    "doubtful_minutes",
     "gpu_counts",
     "gpu_time",
     "hour_differences",
     "minute_differences",
     "money_differences",
+    "same_money",
     "service_of",
 ]
 
@@ -65,7 +69,7 @@ _GPU_SUMS = """
     SELECT gpu, toUnixTimestamp64Milli($time) AS at_ms, sum(toInt128(gpu_us)) AS us, min(gpu_us) AS least
     FROM $view
     WHERE pool = {pool:String} AND $time >= fromUnixTimestamp64Milli({from_ms:Int64}, 'UTC')
-        AND $time < fromUnixTimestamp64Milli({to_ms:Int64}, 'UTC')
+        AND $time < fromUnixTimestamp64Milli({to_ms:Int64}, 'UTC') $among
     GROUP BY gpu, $time
     HAVING us != {unit_us:Int64} OR least < 0 OR {all:UInt8} OR gpu IN {odd:Array(String)}
         OR gpu NOT IN (SELECT gpu FROM placements WHERE pool = {pool:String})
@@ -87,6 +91,23 @@ _GPU_COUNTS = """
         GROUP BY minute
     )
     GROUP BY at_ms HAVING found != expected ORDER BY at_ms
+"""
+
+
+# As in `audit_sums`: the GPUs that were in service all the time, of which those that have rows sum to whole units.
+_IN_DOUBT = """
+    SELECT toUnixTimestamp64Milli(minute) AS at_ms,
+        sumIf(toUInt64(gpu_us) * number, even) != {unit_us:UInt64} * sum(DISTINCT if(even, number, 0))
+            OR minIf(gpu_us, even) < 0 OR countIf(strange) > 0 AS wrong
+    FROM (
+        SELECT minute, version, gpu_us, bitOr(cityHash64({salt:UInt64}, gpu), 1) AS number,
+            kind != 'marker' AND gpu NOT IN {odd:Array(String)} AS even,
+            kind != 'marker' AND gpu NOT IN (SELECT gpu FROM placements WHERE pool = {pool:String}) AS strange
+        FROM ledger_gpu_minute
+        WHERE pool = {pool:String} AND minute >= fromUnixTimestamp64Milli({from_ms:Int64}, 'UTC')
+            AND minute < fromUnixTimestamp64Milli({to_ms:Int64}, 'UTC')
+    )
+    GROUP BY minute, version ORDER BY minute, version DESC LIMIT 1 BY minute
 """
 
 
@@ -119,10 +140,16 @@ def service_of(facts: PoolFacts, from_ms: int, to_ms: int, unit_ms: int) -> Serv
     return Service(found.gpus, us, from_ms, unit_ms)
 
 
-def gpu_time(store: Store, pool: str, service: Service, unit: Literal["minute", "hour"]) -> list[Finding]:
-    """GPUs whose rows of a minute or hour do not sum to their time in service then."""
+def gpu_time(
+    store: Store, pool: str, service: Service, unit: Literal["minute", "hour"], *, only_odd: bool = False
+) -> list[Finding]:
+    """GPUs whose rows of a minute or hour do not sum to their time in service then; `only_odd`: of those that were not
+    in service all the time."""
     every = len(service.odd) > _MOST_NAMES
+    if only_odd and (every or not service.odd):
+        return []
     sql = _GPU_SUMS.replace("$view", f"v_gpu_{unit}").replace("$time", unit)
+    sql = sql.replace("$among", "AND gpu IN {odd:Array(String)}" if only_odd else "")
     parameters = {
         "pool": pool,
         "from_ms": service.from_ms,
@@ -140,6 +167,16 @@ def gpu_time(store: Store, pool: str, service: Service, unit: Literal["minute", 
         elif us != expected:
             found.append(Finding(*about, "time in service", str(expected), str(us)))
     return found
+
+
+def doubtful_minutes(store: Store, pool: str, service: Service, salt: int) -> list[tuple[int, int]]:
+    """Stretches of minutes in which the rows of a GPU that was in service all the time may not sum to that, or a GPU
+    has rows that was never placed in the pool."""
+    if len(service.odd) > _MOST_NAMES:
+        return [(service.from_ms, service.to_ms)]
+    bounds = {"pool": pool, "from_ms": service.from_ms, "to_ms": service.to_ms, "odd": service.odd}
+    rows = store.rows(_IN_DOUBT, {**bounds, "unit_us": service.unit_ms * 1000, "salt": salt})
+    return list(Ranges((int(at), int(at) + service.unit_ms) for at, wrong in rows if wrong))
 
 
 def gpu_counts(store: Store, pool: str, service: Service) -> list[Finding]:
@@ -247,6 +284,29 @@ _MONEY = (
     "rate_card",
     "incomplete",
 )
+
+
+def same_money(store: Store, pool: str, at_ms: int, rates: Rates, rows_sum: int) -> bool:
+    """Whether the stored quantities of a price interval, charged again, give rows whose hashes sum to `rows_sum`."""
+    stored = store.table(_CHARGE_ROWS, {"pool": pool, "at_ms": at_ms})
+    if stored.num_rows == 0:
+        return False
+    # As Arrow sorts text, by bytes of UTF-8, so does Python.
+    rows = stored.sort_by([(name, "ascending") for name in _MONEY_KEY])
+    energy = rows.column("energy_mj")
+    quantities = Quantities(
+        *(rows.column(name).to_numpy() for name in _MONEY_KEY),
+        gpu_us=rows.column("gpu_us").to_numpy(),
+        energy_mj=energy.fill_null(0).to_numpy(),
+        energy_known=energy.is_valid().to_numpy(),
+    )
+    end_ms = int(stored.column("end_ms")[0].as_py())
+    try:
+        charges = charge_interval(pool, at_ms, end_ms, quantities, rates)
+    except ValueError:  # rows that no recompute could have written; `money_differences` says which
+        return False
+    again = charges_table([charges], [False], [RatePrints(pool, rates).of(at_ms, end_ms)])
+    return int(row_hashes("charges", again).sum(dtype=np.uint64)) == rows_sum
 
 
 def money_differences(store: Store, rules: LedgerRules, pool: str, at_ms: int) -> list[Finding]:

@@ -20,7 +20,7 @@ from gpuledger.finance.rates import Rates, price_intervals, rates_from
 from gpuledger.schemas.telemetry import MAX_CLOCK_AHEAD_MS
 from gpuledger.streams import ledger_rows
 from gpuledger.streams.fingerprints import RatePrints, fingerprints
-from gpuledger.streams.holders import UNPLACED_POOL, unplaced
+from gpuledger.streams.holders import UNPLACED_POOL, PoolFacts, unplaced
 from gpuledger.streams.ledger_digest import DIGESTED, digested
 from gpuledger.streams.ledger_rows import Fingerprints, Version, stamp
 from gpuledger.streams.marks import HOUR_MS, MINUTE_MS
@@ -56,10 +56,13 @@ class Recomputer:
         self._store = store
         self._rules = rules
 
-    def compute(self, pool: str, from_ms: int, to_ms: int) -> tuple[Ledger, Fingerprints, Rates]:
-        """The ledger of whole minutes, from what is stored now; nothing is written."""
+    def compute(
+        self, pool: str, from_ms: int, to_ms: int, facts: PoolFacts | None = None
+    ) -> tuple[Ledger, Fingerprints, Rates]:
+        """The ledger of whole minutes, from what is stored now (and `facts`, where they have been read already);
+        nothing is written."""
         complete_until_ms = self.complete_until_ms()
-        facts = self._store.pool_facts(pool, from_ms, to_ms)
+        facts = self._store.pool_facts(pool, from_ms, to_ms) if facts is None else facts
         rates = rates_from(self._store.rates(pool))
         buckets = self._buckets(pool, from_ms, to_ms, rates)
         window = Window(from_ms, to_ms, complete_until_ms, self._rules.confirm_ms, buckets)

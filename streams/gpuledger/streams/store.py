@@ -5,6 +5,7 @@ One `Store` belongs to one thread. Every insert is one block inside one partitio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from gpuledger.schemas.config import ClickHouse
 from gpuledger.schemas.events import AssetCost, EnergyTariff, RateCard, Tenant, decode_event
 from gpuledger.streams.holders import OPEN_END_MS, PoolFacts
 
-__all__ = ["PART_FRAGMENTS", "Rate", "Store", "is_io_error"]
+__all__ = ["FRAGMENT_HASH", "PART_FRAGMENTS", "Rate", "Store", "is_io_error"]
 
 Rate = AssetCost | EnergyTariff | RateCard
 
@@ -29,12 +30,16 @@ _INSERT_SETTINGS = {"input_format_null_as_default": 0, "input_format_skip_unknow
 MAX_BLOCK_ROWS = 500_000
 #: Fragments that one read brings, about. What a slice holds in memory must depend neither on the length of its range
 #: nor on how far the open hour has come; more in one read makes no slice quicker.
-PART_FRAGMENTS = 50_000
+PART_FRAGMENTS = 10_000
 _MINUTE_MS = 60_000
 #: Names in one bound array parameter.
 _MAX_NAMES = 5_000
 #: ClickHouse codes that are a matter of load or of being away, not of the data.
 _TRANSIENT_CODES = ("159", "160", "164", "202", "209", "210", "241", "242", "252", "319", "394", "425", "999")
+_CODE = re.compile(r"Code: (\d+)\.")
+#: What a full disk looks like: no reservation, or a write, sync, close, truncation or new directory that fails.
+_DISK_CODES = ("75", "77", "88", "172", "204", "243", "294")
+_DISK_TEXTS = ("No space left on device", "File too large")
 
 _EXTENTS = """
     SELECT pool, min(start), max(end) FROM (
@@ -93,9 +98,9 @@ _FRAGMENTS_OF = """
         AND minute < fromUnixTimestamp64Milli({to_ms:Int64}, 'UTC')
         AND gpu IN (SELECT gpu FROM placements WHERE pool = {pool:String})"""
 #: An epoch that is not known adds nothing: fragments from before there were epochs keep the hash they were read with.
-_FRAGMENT_HASH = f"bitXor(cityHash64({_FRAGMENT_COLUMNS}), if(epoch_ms = 0, 0, cityHash64(epoch_ms)))"
+FRAGMENT_HASH = f"bitXor(cityHash64({_FRAGMENT_COLUMNS}), if(epoch_ms = 0, 0, cityHash64(epoch_ms)))"
 _FRAGMENTS = f"""
-    SELECT {_FRAGMENT_COLUMNS}, epoch_ms, {_FRAGMENT_HASH} AS hash
+    SELECT {_FRAGMENT_COLUMNS}, epoch_ms, {FRAGMENT_HASH} AS hash
     {_FRAGMENTS_OF}
     SETTINGS do_not_merge_across_partitions_select_final = 1
 """
@@ -106,7 +111,7 @@ _FRAGMENT_COUNTS = f"""
 """
 #: The hash of each minute's fragments, added up by the server: an audit of a day must not fetch the day.
 _FRAGMENT_PRINTS = f"""
-    SELECT toUnixTimestamp64Milli(minute) AS at_ms, count() AS fragments, sum({_FRAGMENT_HASH}) AS hash
+    SELECT toUnixTimestamp64Milli(minute) AS at_ms, count() AS fragments, sum({FRAGMENT_HASH}) AS hash
     {_FRAGMENTS_OF}
     GROUP BY minute ORDER BY minute
     SETTINGS do_not_merge_across_partitions_select_final = 1
@@ -120,9 +125,9 @@ def is_io_error(error: Exception) -> bool:
     if isinstance(error, OperationalError):
         return True
     if isinstance(error, DatabaseError):
-        code = getattr(error, "code", None)
         text = str(error)
-        return str(code) in _TRANSIENT_CODES or any(f"Code: {code_}." in text for code_ in _TRANSIENT_CODES)
+        code = getattr(error, "code", None) or (found[1] if (found := _CODE.search(text)) else None)
+        return str(code) in (*_TRANSIENT_CODES, *_DISK_CODES) or any(told in text for told in _DISK_TEXTS)
     return False
 
 
