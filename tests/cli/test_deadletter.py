@@ -140,6 +140,13 @@ def test_what_was_sent_again_is_not_sent_twice_unasked(office: Office) -> None:
     assert len(office.rows("show", place)[0]["replays"]) == 2
 
 
+def test_times_of_a_wrong_clock_do_not_come_in_by_the_back_door(office: Office) -> None:
+    place = office.bury(office.send("telemetry", b"n", b"x"), "quarantine: ts_ms 9 is 8 ms after the broker's time 1")
+    (row,) = office.rows("replay", place)
+    assert row["action"] == "skipped" and "the clock was ahead" in row["note"]
+    assert [row["action"] for row in office.rows("replay", place, "--quarantined")] == ["sent"]
+
+
 def test_a_message_without_key_is_sent_without_key(office: Office) -> None:
     place = office.bury(office.send("alerts", None, b"{}"), "no key")
     (row,) = office.rows("replay", place)

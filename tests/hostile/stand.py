@@ -27,7 +27,8 @@ _COMPARED = 300
 
 @dataclass(frozen=True, slots=True)
 class Stand:
-    """What was seen; `wrong` is what should not have been. Memory in MiB: before, the most, and at the end."""
+    """What was seen; `wrong` is what should not have been. Memory in MiB: before, the most, at the end,
+    and at each tenth of the time."""
 
     account: Account
     letters: int
@@ -36,6 +37,7 @@ class Stand:
     rss_before: int
     rss_most: int
     rss_after: int
+    rss_tenths: list[int]
     seconds: float
 
     def figures(self) -> dict[str, Any]:
@@ -53,6 +55,7 @@ class Stand:
             "valid_between": len(self.account.valid),
             "same_process": self.same_process,
             "worker_rss_mib": {"before": self.rss_before, "most": self.rss_most, "after": self.rss_after},
+            "worker_rss_mib_at_tenths": self.rss_tenths,
             "seconds": round(self.seconds, 1),
             "wrong": len(self.wrong),
         }
@@ -65,6 +68,7 @@ class _Memory:
         self._file = Path(f"/proc/{pid}/statm")
         self._enough = threading.Event()
         self.first = self.last = self.most = self._now()
+        self.seen = [self.first]
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
@@ -78,10 +82,15 @@ class _Memory:
             except OSError:
                 return
             self.most = max(self.most, self.last)
+            self.seen.append(self.last)
 
     def stop(self) -> None:
         self._enough.set()
         self._thread.join()
+
+    def tenths(self) -> list[int]:
+        """At each tenth of the time."""
+        return [self.seen[(len(self.seen) - 1) * n // 10] for n in range(11)]
 
 
 def stand(
@@ -116,6 +125,7 @@ def stand(
         rss_before=memory.first,
         rss_most=memory.most,
         rss_after=memory.last,
+        rss_tenths=memory.tenths(),
         seconds=time.monotonic() - began,
     )
 

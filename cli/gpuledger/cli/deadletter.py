@@ -7,7 +7,7 @@ import base64
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -268,6 +268,7 @@ def _preview(value: bytes) -> Iterable[str]:
     "--limit", type=click.IntRange(1), default=1000, show_default=True, help="Letters found by filters, at most."
 )
 @click.option("--again", is_flag=True, help="Also those that were sent again before.")
+@click.option("--quarantined", is_flag=True, help="Also those whose node's clock was ahead: their times are wrong.")
 @click.option("--dry-run", is_flag=True, help="Say what would be sent, and send nothing.")
 @format_option
 @data_option
@@ -280,6 +281,7 @@ def replay(
     reason: str,
     limit: int,
     again: bool,
+    quarantined: bool,
     dry_run: bool,
     layout: Format,
     data: Path | None,
@@ -300,7 +302,8 @@ def replay(
         if topics or since or reason:
             letters += find(client, _chosen(session, topics, since, reason), limit)
         letters = sorted({letter.place: letter for letter in letters}.values(), key=lambda letter: letter.place)
-        rows = asyncio.run(_replay(client, kafka, prefix, letters, again, dry_run))
+        passed = {letter.place: _passed_over(letter, again, quarantined) for letter in letters}
+        rows = asyncio.run(_replay(client, kafka, prefix, letters, passed, dry_run))
     names = ("topic", "partition", "action", "note")
     exact = [Column("offset", exact=True), Column("to_offset", exact=True)]
     write_rows([*(Column(name) for name in names[:2]), *exact, *(Column(name) for name in names[2:])], rows, layout)
@@ -318,7 +321,12 @@ def _kafka(session: Session, data: Path | None) -> Kafka:
 
 
 async def _replay(
-    client: Client, kafka: Kafka, prefix: str, letters: Sequence[Letter], again: bool, dry_run: bool
+    client: Client,
+    kafka: Kafka,
+    prefix: str,
+    letters: Sequence[Letter],
+    passed_over: Mapping[Place, str | None],
+    dry_run: bool,
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     sent: list[Replayed] = []
@@ -327,10 +335,14 @@ async def _replay(
             for letter in letters:
                 row: dict[str, Any] = dict(zip(("topic", "partition", "offset"), letter.place, strict=True))
                 rows.append(row)
+                why_not = passed_over[letter.place]
+                if why_not is not None:
+                    row |= {"action": "skipped", "note": why_not}
+                    continue
                 try:
                     message = await _original(client, broker, prefix, letter)
-                    row |= _passed_over(letter, again) or {"action": "would send", "note": f"{_size(message)} bytes"}
-                    if row["action"] != "would send" or dry_run:
+                    row |= {"action": "would send", "note": f"{len(message.value or b'')} bytes"}
+                    if dry_run:
                         continue
                     partition, offset = await broker.send(letter.topic, letter.partition, message)
                 except BrokerAway:
@@ -359,14 +371,14 @@ def _note(client: Client, sent: list[Replayed]) -> None:
     sent.clear()
 
 
-def _passed_over(letter: Letter, again: bool) -> dict[str, Any] | None:
-    if letter.replayed_at is None or again:
-        return None
-    return {"action": "skipped", "note": f"was sent again {_iso(letter.replayed_at)}; --again sends it once more"}
-
-
-def _size(message: RawMessage) -> int:
-    return len(message.value or b"")
+def _passed_over(letter: Letter, again: bool, quarantined: bool) -> str | None:
+    """Why it is not sent unasked."""
+    if letter.replayed_at is not None and not again:
+        return f"was sent again {_iso(letter.replayed_at)}; --again sends it once more"
+    if letter.reason.startswith("quarantine:") and not quarantined:
+        # The broker's time has caught up with it: today it would be taken, with its wrong times.
+        return "the clock was ahead, so its times are wrong; --quarantined sends it all the same"
+    return None
 
 
 async def _original(client: Client, broker: BrokerMessages, prefix: str, letter: Letter) -> RawMessage:
