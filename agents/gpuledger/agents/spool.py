@@ -23,7 +23,7 @@ __all__ = ["Spool"]
 log = logging.getLogger(__name__)
 
 FILE_NAME = "spool.db"
-#: Bound of the memory that takes over from a disk: about ten minutes of 8 GPUs at 1 Hz.
+#: Bound of the memory that takes over from a disk: over an hour of 8 GPUs at 1 Hz, flushed every 5 s.
 MEMORY_MAX_BYTES = 16 << 20
 #: How often a disk that could not be written is tried again.
 _RETRY_DISK_MS = 60_000
