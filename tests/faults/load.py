@@ -1,7 +1,8 @@
 """The load of a run of the fault suite: 2,000 simulated GPUs, one episode per wave, each in an hour of its own.
 
 All hours are over when the load is recorded, so that everything in them can become complete. Nothing in an episode says
-anything new about an earlier hour: what a fault breaks in its pool and hour stays broken until it is looked at.
+anything new about an earlier hour: what a fault breaks in its pool and hour stays broken until it is looked at. All
+pools but one are closed after the last hour: ten that are computed every second would only slow the faults down.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import msgspec
 from gpuledger.agents.messages import Message, event_message
 from gpuledger.agents.simulator.scenario import Scenario, parse_scenario
 from gpuledger.agents.simulator.world import World
-from gpuledger.schemas.events import Allocation, decode_event
+from gpuledger.schemas.events import Allocation, AssetCost, Commitment, Inventory, decode_event
 from tests.e2e.load import HOUR_MS
 from tests.faults.drawing import POOLS, Fault, Wave
 
@@ -81,6 +82,7 @@ def record(waves: Sequence[Wave], seed: int, file: Path) -> FaultLoad:
     for n, wave in enumerate(waves):
         world = World(scenario, first_ms + n * HOUR_MS + _INTO_THE_HOUR_MS, state)
         messages = _episode(world, first=n == 0)
+        messages = _closed(messages, first_ms + len(waves) * HOUR_MS)
         # Ended here, in the episode's own hour; otherwise the next one would say so.
         state = msgspec.structs.replace(world.state(), open=[])
         main, probes = _hold_back(messages, wave.barred)
@@ -106,6 +108,25 @@ def _episode(world: World, first: bool) -> list[Message]:
         messages += [event_message(end) for end in job.allocations(world.now_ms)]
         messages.append(event_message(job.event(world.now_ms, "COMPLETED")))
     return [m for m in messages if first or m.topic not in _TOLD_ONCE]
+
+
+def _closed(messages: Sequence[Message], end_ms: int) -> list[Message]:
+    """The messages with the facts of all pools but the first ending at `end_ms`."""
+    made: dict[int, Message | None] = {}
+    for message in messages:
+        if message.topic not in ("inventory", "capacity", "rates") or id(message) in made:
+            continue
+        event = decode_event(message.value)
+        if isinstance(event, Inventory) and event.placements and event.placements[0].pool != POOLS[0]:
+            placements = [msgspec.structs.replace(each, end_ms=end_ms) for each in event.placements]
+            made[id(message)] = event_message(msgspec.structs.replace(event, placements=placements))
+        elif isinstance(event, Commitment) and event.pool != POOLS[0]:
+            made[id(message)] = event_message(msgspec.structs.replace(event, end_ms=end_ms))
+        elif isinstance(event, AssetCost) and event.pool != POOLS[0]:
+            last = event_message(msgspec.structs.replace(event, end_ms=end_ms))
+            made[id(message)] = last if event.start_ms < end_ms else None
+    found = [made.get(id(message), message) for message in messages]
+    return [message for message in found if message is not None]
 
 
 def _hold_back(messages: Sequence[Message], faults: Sequence[Fault]) -> tuple[list[Message], list[list[Message]]]:

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gpuledger.local.exceptions import LocalError
 from gpuledger.streams.app import rules_of
 from gpuledger.streams.audit import AuditReport, audit
 from gpuledger.streams.store import Store
@@ -99,7 +100,7 @@ def run(
                     outcome.unexpected = list(site.ended_alone.values())
                     outcome.starts = {service.name: service.starts for service in (broker, clickhouse)}
                     outcome.starts |= {"worker": len(site.installation.workers), "agent": site.sender_starts}
-        except FaultsFailed as error:
+        except (FaultsFailed, LocalError) as error:
             outcome.problems.append(str(error))
     outcome.problems += _verdict(outcome)
     outcome.took_s = time.monotonic() - began_s

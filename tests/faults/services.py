@@ -24,6 +24,8 @@ __all__ = ["SESSION_TIMEOUT_S", "Service", "make_broker", "make_clickhouse", "re
 SESSION_TIMEOUT_S = 4
 _START_ATTEMPTS = 8
 _MEMORY_BYTES = 2 << 30
+#: A start on a machine that is busy with other things.
+_READY_S = 240.0
 
 
 def stop(pid: int) -> None:
@@ -99,13 +101,16 @@ def make_broker(directory: Path, may_mount: bool) -> Service:
     disk = make_disk(directory / "kafka", may_mount, 4096)
     # An index is laid out at its full size before it is used.
     settings = {"group.min.session.timeout.ms": 1000, "log.index.size.max.bytes": 1 << 20}
-    return Service(EmbeddedKafka(disk.directory / "broker", _lasting_port(), settings=settings), disk)
+    broker = EmbeddedKafka(disk.directory / "broker", _lasting_port(), settings=settings, ready_timeout_s=_READY_S)
+    return Service(broker, disk)
 
 
 def make_clickhouse(directory: Path, may_mount: bool) -> Service:
     """ClickHouse's engine, not started."""
     disk = make_disk(directory / "clickhouse", may_mount, 4096)
-    engine = EmbeddedClickHouse(disk.directory / "engine", _lasting_port(), memory_bytes=_MEMORY_BYTES)
+    engine = EmbeddedClickHouse(
+        disk.directory / "engine", _lasting_port(), memory_bytes=_MEMORY_BYTES, ready_timeout_s=_READY_S
+    )
     return Service(engine, disk)
 
 
