@@ -34,6 +34,7 @@ __all__ = [
     "BlockTransport",
     "OutstandingBlocks",
     "Record",
+    "RecordBlock",
     "block_topic",
     "faust_settings",
 ]
@@ -88,6 +89,17 @@ class Record(NamedTuple):
         for name, value in self.headers:
             size += len(name) + len(value or b"")
         return size
+
+
+class RecordBlock(list[Record]):
+    """The records of one partition and fetch; `size_bytes` is what they occupy together, `value_bytes` their values."""
+
+    __slots__ = ("size_bytes", "value_bytes")
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        super().__init__(records)
+        self.size_bytes = sum([record.size_bytes for record in self])
+        self.value_bytes = sum([len(record.value or b"") for record in self])
 
 
 def _unreadable(fetched: Any) -> Unreadable | None:
@@ -166,7 +178,7 @@ class BlockConsumer(AIOKafkaConsumer):
 
     #: Beyond these a partition is not fetched until its agent has caught up. The agent needs room for one merged
     #: block in flight and one being gathered; every partition may always have one block outstanding.
-    topic_held_bytes: ClassVar[int] = 32 * 1024 * 1024
+    topic_held_bytes: ClassVar[int] = 80 * 1024 * 1024
     partition_held_blocks: ClassVar[int] = 16
 
     #: How long a fetch for the other partitions may last while one is held back and may be let go meanwhile.
@@ -285,17 +297,14 @@ class BlockConsumer(AIOKafkaConsumer):
             return None
         self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
         message = self._to_block(tp, batch)
-        blocks.deliver(message, sum(record.size_bytes for record in cast(list[Record], message.value)))
+        blocks.deliver(message, cast(RecordBlock, message.value).size_bytes)
         return message
 
     def _to_block(self, tp: TP, batch: Sequence[Any]) -> ConsumerMessage:
         message = self._to_message(tp, batch[-1])
         message.key = None
         message.headers = None
-        message.value = cast(
-            Any,
-            [_record(r) for r in batch],
-        )
+        message.value = cast(Any, RecordBlock(_record(r) for r in batch))
         return message
 
     async def _rewind(self, tp: TP, offset: int) -> bool:

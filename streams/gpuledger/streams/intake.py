@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 from gpuledger.streams.blocking import BlockingThread
-from gpuledger.streams.blocks import BlockConsumer, Record
+from gpuledger.streams.blocks import BlockConsumer, Record, RecordBlock
 from gpuledger.streams.exceptions import DataError, IntakeSetupError
 from gpuledger.streams.letters import printable
 
@@ -89,8 +89,12 @@ class IntakeLimits:
     """
 
     max_records: int = 2_000
-    max_bytes: int = 8 * 1024 * 1024
+    #: A block costs the database about the same ten to twenty calls and files, however many messages it holds.
+    max_bytes: int = 32 * 1024 * 1024
     linger_ms: int = 200
+    #: A block that takes long to store is waited for longer, so many times as long, for fewer and fuller ones.
+    linger_share: int = 2
+    linger_most_ms: int = 1_000
     backoff_first_ms: int = 100
     backoff_max_ms: int = 30_000
     #: SIGTERM waits this long for the block in flight; Faust itself needs up to two seconds of the ten we promise.
@@ -195,6 +199,7 @@ class _Intake(Generic[M]):
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
         self._merged: list[_Pending] = []
+        self._stored_ms = 0.0
         self._stopping = asyncio.Event()
         self._thread = BlockingThread(f"store-{type(sink).__name__}")
 
@@ -214,13 +219,12 @@ class _Intake(Generic[M]):
 
     async def _read(self, stream: Any) -> None:
         async for event in stream.noack().events():
-            records: Sequence[Record] = event.value
-            size_bytes = sum(record.size_bytes for record in records)
-            self._pending.append(_Pending(event, records, size_bytes, time.monotonic()))
+            records: RecordBlock = event.value
+            self._pending.append(_Pending(event, records, records.size_bytes, time.monotonic()))
             self._pending_records += len(records)
-            self._pending_bytes += size_bytes
+            self._pending_bytes += records.size_bytes
             self._stats.records += len(records)
-            self._stats.bytes += sum(len(record.value or b"") for record in records)
+            self._stats.bytes += records.value_bytes
             self._arrived.set()
             while self._full():
                 self._taken.clear()
@@ -234,7 +238,7 @@ class _Intake(Generic[M]):
         while not self._pending:
             self._arrived.clear()
             await self._arrived.wait()
-        deadline_s = self._pending[0].arrived_s + self._limits.linger_ms / 1000
+        deadline_s = self._pending[0].arrived_s + self._linger_s()
         while not self._full() and (left_s := deadline_s - time.monotonic()) > 0:
             self._arrived.clear()
             try:
@@ -246,6 +250,11 @@ class _Intake(Generic[M]):
         self._pending_records = self._pending_bytes = 0
         self._taken.set()
         return self._still_held(taken)
+
+    def _linger_s(self) -> float:
+        limits = self._limits
+        longer_ms = min(limits.linger_most_ms, limits.linger_share * self._stored_ms)
+        return max(limits.linger_ms, longer_ms) / 1000
 
     def _still_held(self, blocks: Sequence[_Pending]) -> list[_Pending]:
         held = [block for block in blocks if self._consumer.holds(block.event.message)]
@@ -260,6 +269,7 @@ class _Intake(Generic[M]):
             if not self._merged:
                 continue
             records = [record for block in self._merged for record in block.records]
+            began_s = time.monotonic()
             self._stats.blocks += 1
             self._stats.in_flight_records = len(records)
             try:
@@ -267,6 +277,7 @@ class _Intake(Generic[M]):
             except _Abandoned:
                 self._stats.dropped += len(records)
                 _log.info("left a block of %d records to the next owner of its partitions", len(records))
+            self._stored_ms = (time.monotonic() - began_s) * 1000
             self._stats.in_flight_records = 0
             self._merged = []
 

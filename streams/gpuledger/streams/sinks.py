@@ -10,6 +10,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import msgspec
@@ -37,6 +38,7 @@ from gpuledger.streams.holders import UNPLACED_POOL
 from gpuledger.streams.intake import Rejected, Stored
 from gpuledger.streams.letters import decode_letter
 from gpuledger.streams.marks import MINUTE_MS, Marks, Ranges
+from gpuledger.streams.pool_map import PoolMap
 from gpuledger.streams.recomputer import LedgerRules
 from gpuledger.streams.store import Store
 
@@ -88,9 +90,9 @@ class _Memory(OrderedDict[Any, int]):
     """What has been marked already: a cache of bounded size, whose loss costs a look-up and nothing else."""
 
     def remember(self, key: Any, value: int) -> None:
+        self.pop(key, None)
         self[key] = value
-        self.move_to_end(key)
-        while len(self) > _REMEMBERED:
+        if len(self) > _REMEMBERED:
             self.popitem(last=False)
 
 
@@ -137,6 +139,7 @@ class TelemetrySink(_MarkingSink):
         super().__init__(store, "telemetry", send)
         self._confirm_ms = rules.confirm_ms
         self._ahead_ms = rules.ahead_ms
+        self._pools = PoolMap(store)
         self._named = _Memory()
         self._boots = _Memory()
 
@@ -148,17 +151,17 @@ class TelemetrySink(_MarkingSink):
         found = fragments(block)
         if found is not None:
             self._store.insert_by_day("fragments", found.table, "minute")
-        self._store_headers(block)
+        named = _named(block)
+        self._store_headers(block, named)
         if found is not None:
-            pools = self._store.pools_of(found.gpus)
-            seen = {(gpu, minute) for gpu, minute in zip(found.gpus, found.minutes_ms.tolist(), strict=True)}
-            dirty = {(pool, minute) for gpu, minute in seen for pool in pools.get(gpu, ())}
-            for pool, minute in dirty:
+            seen = set(zip(found.gpus, found.minutes_ms.tolist(), strict=True))
+            pools = self._pools.of(found.gpus)
+            for pool, minute in {(pool, minute) for gpu, minute in seen for pool in pools[gpu]}:
                 marks.add(pool, minute, minute + MINUTE_MS, "telemetry")
         boots = self._mark_boots(block, marks)
-        named = self._mark_confirmations(block, marks)
+        latest = self._mark_confirmations(block, named, marks)
         return Stored(
-            Followup(marks, _progress(records, self._topic), boots=boots, named=named),
+            Followup(marks, _progress(records, self._topic), boots=boots, named=latest),
             [*_unread(records), *(Rejected(messages[n], reason) for n, reason in block.rejected)],
         )
 
@@ -171,7 +174,7 @@ class TelemetrySink(_MarkingSink):
         for allocation, t in stored.marks.named.items():
             self._named.remember(allocation, max(t, self._named.get(allocation, 0)))
 
-    def _store_headers(self, block: TelemetryBlock) -> None:
+    def _store_headers(self, block: TelemetryBlock, named: Mapping[tuple[str, int], int]) -> None:
         hosts = [(header.node, header.host) for header in block.headers if header.host is not None]
         if hosts:
             self._store.insert_by_day("host_readings", _host_rows(hosts), "ts")
@@ -194,7 +197,6 @@ class TelemetrySink(_MarkingSink):
                     }
                 ),
             )
-        named = _named(block)
         if named:
             self._store.insert("confirmed", _naming_rows(named, by_minute=False))
             self._store.insert_by_day("confirmations", _naming_rows(named, by_minute=True), "minute")
@@ -228,21 +230,27 @@ class TelemetrySink(_MarkingSink):
                     marks.add(pool, max(ends, int(start)), until, "boot")
         return new
 
-    def _mark_confirmations(self, block: TelemetryBlock, marks: Marks) -> dict[str, int]:
+    def _mark_confirmations(
+        self, block: TelemetryBlock, named: Mapping[tuple[str, int], int], marks: Marks
+    ) -> dict[str, int]:
         """A naming at t after one at p turns [p + window, t + window) from unconfirmed to confirmed.
 
         Returns the latest naming of each allocation in the block."""
-        named = _named(block)
         if not named:
             return {}
         now = int(block.appended_ms.max()) + self._ahead_ms
         latest: dict[str, int] = {}
         for (allocation, _), t in named.items():
             latest[allocation] = max(latest.get(allocation, 0), t)
-        unknown = [allocation for allocation in latest if allocation not in self._named]
-        before = self._earlier_namings(unknown, latest) | {a: self._named[a] for a in latest if a in self._named}
-        until = {allocation: min(t + self._confirm_ms, now) for allocation, t in latest.items()}
-        changed = [a for a, end in until.items() if before.get(a, 0) + self._confirm_ms < end]
+        before = {allocation: t for allocation in latest if (t := self._named.get(allocation)) is not None}
+        if len(before) < len(latest):
+            before |= self._earlier_namings([a for a in latest if a not in before], latest)
+        until = {
+            a: end
+            for a, t in latest.items()
+            if before.get(a, 0) < (end := min(t + self._confirm_ms, now)) - self._confirm_ms
+        }
+        changed = list(until)
         for ids in _chunks(changed):
             sql = "SELECT id, gpu, start_ms FROM allocations FINAL WHERE id IN {ids:Array(String)} AND end_ms IS NULL"
             rows = self._store.rows(sql, {"ids": ids})
@@ -271,18 +279,20 @@ def _named(block: TelemetryBlock) -> dict[tuple[str, int], int]:
     out: dict[tuple[str, int], int] = {}
     if not any(header.running for header in block.headers):
         return out
-    times = block.columns.column("ts_ms").to_numpy()
     last = np.zeros(len(block.headers), dtype=np.int64)
-    np.maximum.at(last, block.message, times)
+    if len(block.message):
+        # Rows of a message lie together.
+        first = np.flatnonzero(np.append(True, np.diff(block.message) != 0))
+        last[block.message[first]] = np.maximum.reduceat(block.columns.column("ts_ms").to_numpy(), first)
     for header, t in zip(block.headers, last.tolist(), strict=True):
-        for allocation in header.running:
-            key = (allocation, t // MINUTE_MS * MINUTE_MS)
+        minute = t // MINUTE_MS * MINUTE_MS
+        for key in zip(header.running, repeat(minute), strict=False):
             if t > out.get(key, 0):
                 out[key] = t
     return out
 
 
-def _naming_rows(named: dict[tuple[str, int], int], by_minute: bool) -> pa.Table:
+def _naming_rows(named: Mapping[tuple[str, int], int], by_minute: bool) -> pa.Table:
     columns = {
         "allocation_id": pa.array([allocation for allocation, _ in named]),
         "named_ms": pa.array(list(named.values()), type=pa.int64()),
@@ -296,9 +306,12 @@ def _host_rows(hosts: Sequence[tuple[str, HostReading]]) -> pa.Table:
     types: dict[str, pa.DataType] = dict.fromkeys(("cpu_util_pct", "load_1m"), pa.float32())
     types |= dict.fromkeys(("psi_cpu_pct", "psi_memory_pct", "psi_io_pct"), pa.float32())
     types["cpu_count"] = pa.int32()
-    names = [name for name in HostReading.__struct_fields__ if name != "ts_ms"]
-    columns = {name: pa.array([getattr(h, name) for _, h in hosts], type=types.get(name, pa.int64())) for name in names}
-    ts = pa.array([host.ts_ms for _, host in hosts], type=pa.int64()).cast(_TIME)
+    values = zip(*(msgspec.structs.astuple(host) for _, host in hosts), strict=True)
+    columns = {
+        name: pa.array(found, type=types.get(name, pa.int64()))
+        for name, found in zip(HostReading.__struct_fields__, values, strict=True)
+    }
+    ts = columns.pop("ts_ms").cast(_TIME)
     return pa.table({"node": pa.array([node for node, _ in hosts]), "ts": ts, **columns})
 
 
