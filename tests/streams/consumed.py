@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gpuledger.schemas.events import Allocation, Dirty, Fact, Geometry, Inventory, Job, Placement, encode_event
 from gpuledger.schemas.topics import TOPICS
 from gpuledger.streams.blocks import Record
+from gpuledger.streams.dirty import DirtyQueue, Pace
 from gpuledger.streams.frontier import Frontier
 from gpuledger.streams.intake import Stored
 from gpuledger.streams.ledger_rows import Version
@@ -74,18 +75,20 @@ def _value(fact: Fact) -> bytes:
             return encode_event(fact)
 
 
-def logs(w: World, r: random.Random) -> Logs:
-    """The world's records by partition. Some come in their own time, the others after every minute has become complete;
-    the broker's time of a batch is written back into the world, because it decides what is quarantined."""
+def logs(w: World, r: random.Random, rates: Sequence[Fact] = (), tail: int | None = None) -> Logs:
+    """The records of the world and of rates by partition. Some come in their own time, the others after every minute
+    has become complete: with `tail` so many facts, corrections if there are any, and so many batches. The broker's time
+    of a batch is written back into the world, because it decides what is quarantined."""
     late_ms = w["to_ms"] + GRACE_MS + 10 * MINUTE_MS
     early: dict[Partition, list[tuple[int, bytes, tuple[tuple[str, bytes], ...], dict[str, Any] | None]]]
     early = defaultdict(list)
     late: dict[Partition, list[tuple[bytes, tuple[tuple[str, bytes], ...], dict[str, Any] | None]]] = defaultdict(list)
     tardiness = r.choice([0.0, 0.2, 0.5, 1.0])
-    facts = inputs.events(w)
+    facts = [*inputs.events(w), *rates]
     r.shuffle(facts)
+    last = _tail(facts, w["batches"], tail, r)
     for fact in facts:
-        if r.random() < tardiness:
+        if (r.random() < tardiness) if tail is None else id(fact) in last:
             late[_where(fact)].append((_value(fact), (), None))
         else:
             at = r.randrange(w["from_ms"] - MINUTE_MS, w["to_ms"], 1000)
@@ -93,7 +96,8 @@ def logs(w: World, r: random.Random) -> Logs:
     for batch in w["batches"]:
         message = inputs.message(batch)
         where = _partition("telemetry", batch["node"])
-        if batch["late"] or batch["appended_ms"] >= late_ms or r.random() < tardiness / 2:
+        tardy = (batch["late"] or r.random() < tardiness / 2) if tail is None else id(batch) in last
+        if tardy or batch["appended_ms"] >= late_ms:
             late[where].append((message.value, message.headers, batch))
         else:
             early[where].append((batch["appended_ms"], message.value, message.headers, batch))
@@ -113,6 +117,20 @@ def logs(w: World, r: random.Random) -> Logs:
                     batch["appended_ms"] = late_ms + step * 1000
     w["complete_until_ms"] = late_ms - GRACE_MS
     return made
+
+
+def _tail(facts: list[Fact], batches: list[dict[str, Any]], tail: int | None, r: random.Random) -> set[int]:
+    """The identities of what comes last; where the shortest run has few batches, all of them may."""
+    if tail is None:
+        return set()
+    corrections = [fact for fact in facts if fact.revision > 1] or facts
+    last: list[Any] = r.sample(corrections, min(tail, len(corrections)))
+    some = r.sample(batches, min(tail, len(batches)))
+    runs = [[b for b in batches if b["run_id"] == run_id] for run_id in sorted({b["run_id"] for b in batches})]
+    short = min(runs, key=len, default=[])
+    if len(runs) % 2 == 0 and len(short) <= 2 * tail:
+        some = short
+    return {id(item) for item in [*last, *some]}
 
 
 # ------------------------------------------------------------------------------------------------- the worker
@@ -137,6 +155,7 @@ class Worker:
     marks: list[Dirty] = field(default_factory=list[Dirty])
     offset: int = 0
     until_ms: int = 1 << 60
+    open_end_ms: int = 0
 
     def __post_init__(self) -> None:
         self.rules = rules(self.world)
@@ -204,8 +223,22 @@ class Worker:
             asyncio.run(self.sinks[topic].after(stored))
         if crash >= 0.2:
             self.committed.update(reached)
-        else:
+        elif crash < 0.05 or crash >= 0.15:
+            # Otherwise the partition was taken away and came back to the same process, which remembers.
             self.restart()
+
+    def one_by_one(self, abandoned: bool = False) -> None:
+        """What is left comes record by record, and only what each marks is computed before the next. `abandoned`: each
+        is stored once in vain before, by the same process, whose marks never went out."""
+        while self.left():
+            where = self.r.choice(self.left())
+            record = self.logs[where][self._next(where)]
+            sink = self.sinks[where[0]]
+            if abandoned:
+                sink.store([record])
+            asyncio.run(sink.after(sink.store([record])))
+            self.committed[where] = self._next(where) + 1
+            self.recompute()
 
     def rewind(self) -> None:
         """A rebalance: a partition goes on at an offset it has passed already."""
@@ -227,50 +260,79 @@ class Worker:
             for start, end in ranges.clip(self.from_ms, self.to_ms).widen(MINUTE_MS):
                 self.recomputer.minutes(pool, start, end, self.version())
 
+    def recompute_by_queue(self) -> None:
+        """Computes what is marked as the dirty agent does: in slices of its queue, minutes first, then whole units."""
+        now_ms = max(self.logs[where][n - 1].timestamp_ms for where, n in self.committed.items() if n)
+        queue: DirtyQueue[int] = DirtyQueue(Pace(unit_ms=self.rules.unit_ms))
+        due, self.due = self.due, {}
+        self.offset += 1
+        queue.add(0, 0, self.offset, due, now_ms, 0)
+        clock_ms = 0
+        while not queue.finished():
+            clock_ms += 1_000
+            assert clock_ms < 3_600_000, f"the queue never ends: {queue.backlog()}"
+            found = queue.next(now_ms, clock_ms)
+            if found is None:
+                continue
+            if found.kind == "minutes":
+                self.recomputer.minutes(found.pool, found.from_ms, found.to_ms, self.version())
+            else:
+                self.recomputer.hours(found.pool, found.from_ms, found.to_ms, self.version())
+            queue.done(found, self.r.choice([1, 400, 5_000]))
+        self.open_end_ms = now_ms // MINUTE_MS * MINUTE_MS + MINUTE_MS
+
     def version(self) -> Version:
         """A new version, as the offsets of marks make them."""
         self.offset += 1
         return Version(1, self.offset, self.r.getrandbits(40))
 
-    def run(self, crashes: bool = True) -> None:
-        """Everything is consumed, the frontier passes, what is marked is computed; in a random order with setbacks."""
+    def run(self, crashes: bool = True, by_queue: bool = False, most: int = 6) -> None:
+        """Everything is consumed in blocks of at most `most` records per partition, the frontier passes, what is marked
+        is computed; in a random order with setbacks."""
+        compute = self.recompute_by_queue if by_queue else self.recompute
         setbacks = 4 if crashes else 0
         while self.left():
             step = self.r.random()
             if step < 0.75:
-                self.consume(crashes=crashes)
+                self.consume(most, crashes)
             elif step < 0.83 and setbacks:
                 setbacks -= 1
                 self.rewind()
             elif step < 0.9:
                 self.advance()
-            else:
-                self.recompute()
-        self.settle()
-
-    def settle(self) -> None:
-        """Nothing is left to do."""
+            elif self.due:
+                compute()
         self.advance()
-        self.recompute()
+        compute()
 
     # -- what is there
 
-    def written(self, table: str) -> list[tuple[Any, ...]]:
-        """The rows that count of a table by minute, without their versions, sorted. Minutes of a pool in which there is
-        nothing but their marker are left out: nothing marks them."""
+    def written(self, table: str, column: str = "minute") -> list[tuple[Any, ...]]:
+        """The rows that count of a table by minute (hour, interval_start), without their versions, sorted. Those of a
+        pool and time at which there is nothing but the marker are left out: nothing marks them."""
         sql = (
-            f"SELECT * EXCEPT version FROM {table} WHERE minute >= fromUnixTimestamp64Milli({{from_ms:Int64}}, 'UTC') "
-            "AND minute < fromUnixTimestamp64Milli({to_ms:Int64}, 'UTC') AND (pool, minute, version) IN "
-            f"(SELECT pool, minute, max(version) FROM {table} GROUP BY pool, minute)"
+            f"SELECT pool, {column}, * EXCEPT (pool, {column}, version) FROM {table} "
+            f"WHERE {column} >= fromUnixTimestamp64Milli({{from_ms:Int64}}, 'UTC') "
+            f"AND {column} < fromUnixTimestamp64Milli({{to_ms:Int64}}, 'UTC') AND (pool, {column}, version) IN "
+            f"(SELECT pool, {column}, max(version) FROM {table} GROUP BY pool, {column})"
         )
-        rows = {tuple(row) for row in self.store.rows(sql, {"from_ms": self.from_ms, "to_ms": self.to_ms})}
+        bounds = (self.from_ms, self.to_ms) if column == "minute" else self.unit
+        rows = {_plain(row) for row in self.store.rows(sql, {"from_ms": bounds[0], "to_ms": bounds[1]})}
         filled = {row[:2] for row in rows if "marker" not in row}
         return sorted((row for row in rows if row[:2] in filled), key=repr)
 
-    def compute_all(self, pools: Iterable[str]) -> None:
-        """Every minute of the pools again, in one piece."""
+    @property
+    def unit(self) -> tuple[int, int]:
+        """The whole hours and price intervals around the window, up to the open minute."""
+        return self.world["from_ms"] // self.rules.unit_ms * self.rules.unit_ms, self.open_end_ms
+
+    def compute_all(self, pools: Iterable[str], hours: bool = False) -> None:
+        """Every minute of the pools again, or all hours, in one piece."""
         for pool in pools:
-            self.recomputer.minutes(pool, self.from_ms, self.to_ms, self.version())
+            if hours:
+                self.recomputer.hours(pool, *self.unit, self.version())
+            else:
+                self.recomputer.minutes(pool, self.from_ms, self.to_ms, self.version())
 
     def sources(self) -> dict[str, list[tuple[Any, ...]]]:
         """What the ledger is computed from: current fragments and facts, and what was derived from batches."""
@@ -292,3 +354,7 @@ class Worker:
         )
         for (name,) in self.store.rows(sql, {"db": self.store.database}):
             self.store.client.command(f"TRUNCATE TABLE {name}")
+
+
+def _plain(row: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(sorted(cell.items())) if isinstance(cell, dict) else cell for cell in row)

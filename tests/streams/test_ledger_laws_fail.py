@@ -4,13 +4,14 @@ these it holds again once the mistake is gone."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.streams import laws, laws_money
 from tests.streams.chance import Seeded
 from tests.streams.worlds import BASES, World, world
-from tests.streams.wrong import MISTAKES, Mistake
+from tests.streams.wrong import IN_THE_STORE, MISTAKES, Mistake
 
 #: Worlds in which a mistake has to show.
 PATIENCE = 60
@@ -45,9 +46,13 @@ def test_a_law_notices(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> Non
     asked_of(mistake.law, seed)
 
 
-def test_every_law_is_seen_to_fail() -> None:
+def test_every_law_is_seen_to_fail_and_the_table_says_on_what() -> None:
     names = {mistake.law for mistake in MISTAKES}
     assert names == {*laws.__all__, "shares", "money"}
+    assert {case.mistake.law for case in IN_THE_STORE} == {"2", "3", "9"}
+    table = Path(__file__).with_name("README.md").read_text()
+    made = [*MISTAKES, *(case.mistake for case in IN_THE_STORE)]
+    assert [mistake.what for mistake in made if mistake.what not in table] == []
 
 
 def test_a_world_can_be_read() -> None:

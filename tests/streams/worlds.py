@@ -146,10 +146,14 @@ def _many(chance: Chance, bases: Sequence[int], kinds: Sequence[Any]) -> World:
     return _build(chance, chance.one_of(bases), chance.one_of([1, 2]), 1000, nodes, each, 2, kinds)
 
 
-def world(seed: int, bases: Sequence[int] | None = None, most: int = 9) -> World:
-    """The world of a seed: one in five has many GPUs."""
+def world(
+    seed: int, bases: Sequence[int] | None = None, most: int = 9, kinds: Sequence[Callable[[Plan], str]] = ()
+) -> World:
+    """The world of a seed: one in five has many GPUs, but with `kinds` a few GPUs to which only these things happen."""
     chance = Seeded(seed)
     where = (START_MS,) if bases is None else bases
+    if kinds:
+        return _few(chance, where, kinds, most)
     if chance.happens(20):
         return _many(chance, where, DISTURBANCES)
     return _few(chance, where, DISTURBANCES, most)

@@ -27,8 +27,10 @@ from gpuledger.streams.observed import Observed
 from gpuledger.streams.sinks import FactsSink, TelemetrySink
 from gpuledger.streams.store import Store
 from tests.streams import computed
+from tests.streams import disturbances as d
+from tests.streams.fleet import Plan
 
-__all__ = ["IN_THE_STORE", "MISTAKES", "Mistake"]
+__all__ = ["IN_THE_STORE", "MISTAKES", "InTheStore", "Mistake"]
 
 Ints = NDArray[np.int64]
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -272,12 +274,46 @@ def where_it_is_now(_: Any) -> Any:
     return pools_of
 
 
-#: What the laws caught through the store: `law` is the number of the law, with the seed on which it does.
-IN_THE_STORE: tuple[tuple[Mistake, int], ...] = (
-    (Mistake("2", "of two revisions the one that came last counts", put(sinks, "rank_of", arrival_ranks)), 0),
-    (Mistake("3", "remembered before the marks were out", put(TelemetrySink, "store", remembers_too_soon)), 0),
-    (Mistake("9", "only the new revision marks", put(FactsSink, "_revisions", only_the_new)), 0),
-    (Mistake("9", "only the pool of now is marked", put(Store, "pools_of", where_it_is_now)), 0),
-    (Mistake("9", "a naming marks nothing", put(TelemetrySink, "_mark_confirmations", no_marks)), 0),
-    (Mistake("9", "a boot marks nothing", put(TelemetrySink, "_mark_boots", no_marks)), 0),
+@dataclass(frozen=True)
+class InTheStore:
+    """A mistake that law `mistake.law` (its number) notices through the store, on the world of `seed` in which only
+    these disturbances happen."""
+
+    mistake: Mistake
+    kinds: tuple[Callable[[Plan], str], ...]
+    seed: int
+
+    def __str__(self) -> str:
+        return str(self.mistake)
+
+
+#: What the laws caught through the store.
+IN_THE_STORE: tuple[InTheStore, ...] = (
+    InTheStore(
+        Mistake("2", "of two revisions the one that came last counts", put(sinks, "rank_of", arrival_ranks)),
+        (d.corrected, d.pool_changes),
+        0,
+    ),
+    InTheStore(
+        Mistake("3", "remembered before the marks were out", put(TelemetrySink, "store", remembers_too_soon)),
+        (d.reboot, d.late),
+        0,
+    ),
+    InTheStore(
+        Mistake("9", "only the new revision marks", put(FactsSink, "_revisions", only_the_new)), (d.corrected,), 0
+    ),
+    InTheStore(
+        Mistake("9", "only the pool of now is marked", put(Store, "pools_of", where_it_is_now)),
+        (d.pool_changes, d.late),
+        0,
+    ),
+    InTheStore(
+        Mistake("9", "a naming marks nothing", put(TelemetrySink, "_mark_confirmations", no_marks)), (d.late, d.lost), 0
+    ),
+    InTheStore(
+        Mistake("9", "a boot marks nothing", put(TelemetrySink, "_mark_boots", no_marks)), (d.reboot, d.late), 0
+    ),
+    InTheStore(
+        Mistake("9", "the end of a job marks nothing", put(FactsSink, "_mark_job_ends", no_marks)), (d.no_epilog,), 0
+    ),
 )
