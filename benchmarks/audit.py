@@ -34,8 +34,8 @@ _DAY_FILE = "day.json"
 _CEILING = {
     "fragments": """
         SELECT count(), sum(length(gpu)), sum(instance), sum(run_start_ms), sum(length(run_id)), sum(seq),
-            sum(epoch_ms), sum(length(segment_start_ms)), sum(arraySum(segment_duration_ms)), sum(arraySum(segment_activity)),
-            sum(length(segment_energy_from_mj)), sum(length(segment_energy_to_mj))
+            sum(epoch_ms), sum(length(segment_start_ms)), sum(arraySum(segment_duration_ms)),
+            sum(arraySum(segment_activity)), sum(length(segment_energy_from_mj)), sum(length(segment_energy_to_mj))
         FROM fragments WHERE $range""",
     "ledger_gpu_minute": """
         SELECT count(), sum(length(gpu)), sum(instance), sum(length(tenant)), sum(length(job_id)), sum(length(kind)),

@@ -54,8 +54,10 @@ def checks(report: AuditReport) -> set[str]:
 
 
 #: What is told where rows are not those that were written, and what computing them again names.
-STORED = {f"stored {name}" for name in ("minute rows", "gpu minute rows", "gpu hour rows", "job hour rows", "charges")}
-STORED |= {f"recomputed {name}" for name in ("minute", "gpu minute", "gpu hour", "job hour", "money")}
+STORED = {
+    *(f"stored {name}" for name in ("minute rows", "gpu minute rows", "gpu hour rows", "job hour rows", "charges")),
+    *(f"recomputed {name}" for name in ("minute", "gpu minute", "gpu hour", "job hour", "money")),
+}
 
 
 def at(n: int, column: str = "minute") -> str:
@@ -191,7 +193,7 @@ def test_a_fragment_that_was_dropped(ledger: SmallLedger) -> None:
 
 def test_a_lost_mark_of_telemetry(ledger: SmallLedger) -> None:
     """A late batch is stored and its minutes are not computed again: every sum is right."""
-    late = {**batches()[0], "run_id": "late", "seq": 0}
+    late: dict[str, Any] = {**batches()[0], "run_id": "late", "seq": 0}
     device = {**late["devices"][0], "gpu": "g3", "previous_ts_ms": minute(10), "previous_energy_mj": None}
     ledger.add_batches([{**late, "devices": [device]}])
     report = audited(ledger)

@@ -70,8 +70,9 @@ def audit(
     """Prove that every GPU-second of a range is accounted exactly once.
 
     Checks that the segments of every complete minute sum to the GPU time in service; that GPU minutes, hours, jobs
-    and charges are sums of the same time; that asset costs are divided to the last nano-unit; that every minute was
-    computed from all that is stored by now; and a sample row by row. Open minutes and hours are left out, and counted.
+    and charges are sums of the same time; that asset costs are divided to the last nano-unit; that every row is as it
+    was written; that every minute was computed from all that is stored by now; and a sample row by row. Open minutes
+    and hours are left out, and counted.
 
     Exit status 0 when all is right, 1 when not: then the first failing pool, GPU and minute are named.
 
@@ -154,6 +155,7 @@ def _print(report: AuditReport) -> None:
             (report.pending_minutes, f"{report.pending_minutes:,} minutes not complete yet"),
             (report.open_hours, f"{report.open_hours:,} open hours"),
             (report.waiting, f"{report.waiting:,} places whose marks wait for the worker"),
+            (report.unhashed, f"the hashes of {report.unhashed:,} minutes written before rows had any"),
         )
         if count
     ]
@@ -197,6 +199,7 @@ def _as_json(report: AuditReport) -> dict[str, Any]:
         "sampled_minutes": report.sampled,
         "pending_minutes": report.pending_minutes,
         "open_hours": report.open_hours,
+        "unhashed_minutes": report.unhashed,
         "waiting": report.waiting,
         "looks": report.looks,
         "findings_total": report.found,

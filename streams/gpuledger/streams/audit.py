@@ -191,15 +191,21 @@ class _Audit:
         audited = AuditedRange(
             self._store, self._rules, names, (from_ms, to_ms), self._salt, self._kept_ms, self._seconds
         )
+        # The sample is computed while the fragments are being read.
+        reads = {pool: audited.read(pool) for pool in clips}
+        sampled: dict[str, list[Finding]] = {}
+        for pool, (start, end) in clips.items():
+            minutes = [at for name, at in drawn if name == pool and start <= at < end]
+            with self._seconds("sample"):
+                sampled[pool] = self._sampler.differences(reads[pool], minutes, self._kept_ms)
+        audited.wait()
         findings: list[Finding] = []
         for pool, (start, end) in clips.items():
-            found = audited.pool(pool, start, end, self._report.complete_until_ms - _SETTLE_MS)
+            found = audited.pool(reads[pool], start, end, self._report.complete_until_ms - _SETTLE_MS)
             findings += found.findings
+            findings += [finding for finding in sampled[pool] if finding.at_ms < found.end_ms]
             with self._seconds("details"):
                 findings += Details(self._store, self._rules, self._recomputer, found, self._salt).of(found.suspects)
-            with self._seconds("sample"):
-                minutes = [at for name, at in drawn if name == pool and start <= at < found.end_ms]
-                findings += self._sampler.differences(found, minutes, self._kept_ms)
             if first:
                 self._count(found, end)
         return findings

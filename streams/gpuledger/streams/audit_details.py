@@ -43,7 +43,7 @@ class Details:
         self._rules = rules
         self._recomputer = recomputer
         self._found = found
-        self._pool = found.pool
+        self._pool = found.reads.pool
         self._salt = salt
 
     def of(self, suspects: Sequence[Suspect]) -> list[Finding]:
@@ -77,23 +77,23 @@ class Details:
             if name in _CHECKS:
                 yield from run_check(self._store, _CHECKS[name], self._pool, start, end, self._rules.unit_ms)
             elif name == "gpu hour against placements":
-                service = service_of(self._found.facts, start, end, HOUR_MS)
+                service = service_of(self._found.reads.facts, start, end, HOUR_MS)
                 yield from gpu_time(self._store, self._pool, service, "hour")
             else:
                 yield from self._gpu_minutes(name, start, end)
 
     def _gpu_minutes(self, name: str, start: int, end: int) -> Iterable[Finding]:
-        gpus = max(1, self._found.facts.placements.num_rows)
+        gpus = max(1, self._found.reads.facts.placements.num_rows)
         step = max(1, _SLICE_ROWS // gpus) * MINUTE_MS
         for a in range(start, end, step):
             b = min(a + step, end)
-            service = service_of(self._found.facts, a, b, MINUTE_MS)
+            service = service_of(self._found.reads.facts, a, b, MINUTE_MS)
             if name == "gpus of the minute":
                 yield from gpu_counts(self._store, self._pool, service)
                 continue
             yield from gpu_time(self._store, self._pool, service, "minute", only_odd=True)
             for first, last in doubtful_minutes(self._store, self._pool, service, self._salt):
-                narrow = service_of(self._found.facts, first, last, MINUTE_MS)
+                narrow = service_of(self._found.reads.facts, first, last, MINUTE_MS)
                 yield from gpu_time(self._store, self._pool, narrow, "minute")
 
     def _ranges(self, suspect: Suspect) -> list[tuple[int, int]]:

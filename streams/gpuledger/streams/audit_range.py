@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from gpuledger.streams.marks import HOUR_MS, MINUTE_MS
 from gpuledger.streams.recomputer import LedgerRules
 from gpuledger.streams.store import Store
 
-__all__ = ["AuditedRange", "PoolRange"]
+__all__ = ["AuditedRange", "PoolRange", "PoolReads"]
 
 Mask = NDArray[np.bool_]
 #: Times one step; its time goes into the report.
@@ -29,20 +30,55 @@ _TABLES = ("ledger_minute", "ledger_gpu_minute", "ledger_gpu_hour", "ledger_job_
 
 
 @dataclass(frozen=True, slots=True)
-class PoolRange:
-    """What was found of one pool in [from_ms, end_ms), its minutes that are complete and written."""
+class PoolReads:
+    """What was read of one pool over the whole range."""
 
     pool: str
-    from_ms: int
-    end_ms: int
     facts: PoolFacts
     rates: Rates
     tables: dict[str, Places]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRange:
+    """What was found of one pool in [from_ms, end_ms), its minutes that are complete and written."""
+
+    reads: PoolReads
+    from_ms: int
+    end_ms: int
     findings: list[Finding]
     suspects: list[Suspect]
     hours: int
     intervals: int
     unhashed: int
+
+
+class _Reading:
+    """The sums of all fragments, read by a thread of its own. A thread that is left behind ends with its query."""
+
+    def __init__(self, store: Store, scope: Scope) -> None:
+        self._store = store.another()
+        self._scope = scope
+        self._found: Places | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._read, name="audit-fragments", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            self._found = fragment_sums(self._store, self._scope)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._store.close()
+
+    def result(self) -> Places:
+        """Waits for it; raises what the read raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._found is not None
+        return self._found
 
 
 class AuditedRange:
@@ -64,29 +100,34 @@ class AuditedRange:
         self._kept_ms = kept_ms
         self._seconds = seconds
         scope = Scope(*bounds, pools, salt)
+        # The largest read by far, beside everything else. None where only some pools are read: each one's then.
+        self._reading = _Reading(store, scope) if pools is None else None
         self._sums: dict[str, dict[str, Places]] = {}
         self._numbers = gpu_numbers(store, salt)
         for table in _TABLES:
             with seconds(table):
                 self._sums[table] = read_sums(store, table, scope)
-        #: None where only some pools are read: then each one's fragments are, too.
-        self._fragments: Places | None = None
-        if pools is None:
-            with seconds("fragments"):
-                self._fragments = fragment_sums(store, scope)
         self._facts: dict[str, PoolFacts] = {}
+
+    def read(self, pool: str) -> PoolReads:
+        """What was read of a pool, without its fragments."""
+        tables = {table: self._sums[table].get(pool, no_sums(table)) for table in _TABLES}
+        return PoolReads(pool, self._facts_of(pool), rates_from(self._store.rates(pool)), tables)
+
+    def wait(self) -> None:
+        """Until the fragments are read; to be called before `pool`."""
+        with self._seconds("fragments"):
+            self._fragments = self._reading.result() if self._reading else None
         self._differ = self._differing()
         self._seen_differ = self._strangers()
 
-    def pool(self, pool: str, from_ms: int, to_ms: int, settled_ms: int) -> PoolRange:
+    def pool(self, reads: PoolReads, from_ms: int, to_ms: int, settled_ms: int) -> PoolRange:
         """What does not fit of a pool in [from_ms, to_ms), inside the range; see `written_until` for `settled_ms`."""
-        tables = {table: self._sums[table].get(pool, no_sums(table)) for table in _TABLES}
-        facts = self._facts_of(pool)
+        pool, tables, facts = reads.pool, reads.tables, reads.facts
         part = slice((from_ms - self._bounds[0]) // MINUTE_MS, (to_ms - self._bounds[0]) // MINUTE_MS)
         with self._seconds("fragments"):
             minutes = pool_fragments(self._store, pool, tables["ledger_minute"], from_ms, to_ms, self._differ[part])
         end_ms = written_until(minutes, settled_ms)
-        rates = rates_from(self._store.rates(pool))
         with self._seconds("compare"):
             findings = print_findings(minutes, facts, self._rules.confirm_ms, end_ms, self._kept_ms)
             sums = PoolSums(
@@ -98,7 +139,7 @@ class AuditedRange:
                 interval_minutes=self._rules.price_interval_minutes,
                 tables=tables,
                 facts=facts,
-                rates=rates,
+                rates=reads.rates,
                 numbers=self._numbers,
                 seen_differ=self._seen_differ[part][: (end_ms - from_ms) // MINUTE_MS],
             )
@@ -109,12 +150,9 @@ class AuditedRange:
         charges = tables["charges"]
         lasting = charges["end_ms"].astype(np.int64) > charges.at_ms
         return PoolRange(
-            pool=pool,
+            reads=reads,
             from_ms=from_ms,
             end_ms=end_ms,
-            facts=facts,
-            rates=rates,
-            tables=tables,
             findings=findings + found,
             suspects=suspects,
             hours=max(0, end_ms // HOUR_MS - -(-from_ms // HOUR_MS)),

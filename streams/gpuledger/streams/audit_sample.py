@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from gpuledger.streams import ledger_rows
 from gpuledger.streams.audit_checks import Finding
-from gpuledger.streams.audit_range import PoolRange
+from gpuledger.streams.audit_range import PoolReads
 from gpuledger.streams.audit_rows import minute_differences, money_differences, same_money
 from gpuledger.streams.audit_sums import Places
 from gpuledger.streams.holders import OPEN_END_MS, PoolFacts
@@ -35,34 +35,34 @@ class Sampler:
         self._recomputer = recomputer
         self._settled_ms = settled_ms
 
-    def differences(self, found: PoolRange, minutes: Sequence[int], kept_ms: int) -> list[Finding]:
+    def differences(self, reads: PoolReads, minutes: Sequence[int], kept_ms: int) -> list[Finding]:
         """Rows of these minutes, and of the price intervals they are in, that are not what comes out now."""
         out: list[Finding] = []
         intervals: set[int] = set()
-        charges = found.tables["charges"]
+        charges = reads.tables["charges"]
         lasting = charges["end_ms"].astype(np.int64) > charges.at_ms
         starts = charges.at_ms[lasting]
         for at in minutes:
-            if at >= kept_ms and not self._same(found, at):
-                out += minute_differences(self._store, self._recomputer, found.pool, at)
+            if at >= kept_ms and not self._same(reads, at):
+                out += minute_differences(self._store, self._recomputer, reads.pool, at)
             unit = at // self._rules.unit_ms * self._rules.unit_ms
             before = starts[(starts >= unit) & (starts <= at)]
             if unit + self._rules.unit_ms <= self._settled_ms and len(before):
                 intervals.add(int(before[-1]))
         for at in sorted(intervals):
-            if not same_money(self._store, found.pool, at, found.rates, _sum_at(charges, at)):
-                out += money_differences(self._store, self._rules, found.pool, at)
+            if not same_money(self._store, reads.pool, at, reads.rates, _sum_at(charges, at)):
+                out += money_differences(self._store, self._rules, reads.pool, at)
         return out
 
-    def _same(self, found: PoolRange, at_ms: int) -> bool:
-        facts = _narrowed(found.facts, at_ms, at_ms + MINUTE_MS)
-        ledger, prints, _ = self._recomputer.compute(found.pool, at_ms, at_ms + MINUTE_MS, facts)
+    def _same(self, reads: PoolReads, at_ms: int) -> bool:
+        facts = _narrowed(reads.facts, at_ms, at_ms + MINUTE_MS)
+        ledger, prints, _ = self._recomputer.compute(reads.pool, at_ms, at_ms + MINUTE_MS, facts)
         pairs = (
             ("ledger_minute", ledger_rows.minute_rows(ledger, prints)),
             ("ledger_gpu_minute", ledger_rows.gpu_minute_rows(ledger, prints)),
         )
         return all(
-            int(row_hashes(table, rows).sum(dtype=np.uint64)) == _sum_at(found.tables[table], at_ms)
+            int(row_hashes(table, rows).sum(dtype=np.uint64)) == _sum_at(reads.tables[table], at_ms)
             for table, rows in pairs
         )
 

@@ -151,6 +151,10 @@ class Store:
     def database(self) -> str:
         return self._config.database
 
+    def another(self) -> Store:
+        """A connection to the same database, for another thread."""
+        return Store(self._config)
+
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
