@@ -204,18 +204,18 @@ class Installation:
 
         return check
 
-    def settle(self, load: Load, *parts: Offsets) -> None:
-        """Returns when the ledger holds all that was sent of the load, complete."""
+    def settle(self, load: Load, *parts: Offsets, timeout_s: float = 150) -> None:
+        """Returns when the ledger holds all that was sent of the load, complete; each step within the time."""
         sent: Offsets = {}
         for part in parts:
             sent |= part
         sent = {key: offset for key, offset in sent.items() if key[0] not in ("dirty", "deadletter")}
-        self.wait_until(self.reached(sent), "everything is stored")
+        self.wait_until(self.reached(sent), "everything is stored", timeout_s)
         marked = "SELECT max(marked_until_ms) FROM frontier"
-        self.wait_until(lambda: self.number(marked) >= load.hours[1], "its hours are complete")
+        self.wait_until(lambda: self.number(marked) >= load.hours[1], "its hours are complete", timeout_s)
         ends = asyncio.run(end_offsets(self.config.kafka, "dirty", self.config.kafka.partitions["dirty"]))
         target = {("dirty", partition): end - 1 for partition, end in ends.items()}
-        self.wait_until(self.reached(target), "all marks are worked off")
+        self.wait_until(self.reached(target), "all marks are worked off", timeout_s)
 
     def digest(self, load: Load) -> Digest:
         """All rows of the hours of the load, of every view of the ledger, in an order of their own."""

@@ -11,10 +11,13 @@ from gpuledger.agents.messages import Message
 from gpuledger.schemas.telemetry import HEADER_KEY, decode_header, encode_header
 from tests.e2e.load import Load
 from tests.e2e.pipeline import Digest, Installation, same
+from tests.hostile.stand import stand
 
 pytestmark = pytest.mark.services
 
 IN_2036_MS = 2_082_758_400_000
+#: Of the siege; `scripts/hostile` does the same with 100,000.
+ATTACKS = 3_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +139,15 @@ def test_malformed_messages_are_dead_letters_and_nothing_else_is_lost(
         topic, reason = found[each.key]
         assert topic == prefix + each.topic and reason and each.reason in reason, (each.key, topic, reason)
     same(pipeline.digest(load), undisturbed)
+
+
+@pytest.mark.timeout(900)  # half a minute, but for a machine that does much else
+def test_every_message_of_a_siege_is_accounted_for(pipeline: Installation, load: Load, undisturbed: Digest) -> None:
+    seen = stand(pipeline, load, undisturbed, ATTACKS, seed=7)
+    assert not seen.wrong, "\n".join(seen.wrong[:20])
+    figures = seen.figures()
+    assert figures["messages"] >= ATTACKS and figures["kinds"] > 100
+    assert figures["bombs"] > 0 and figures["refused_by_broker"]["above the broker's limit"] > 0
+    assert set(figures["letters_by_topic"]) == set(pipeline.config.kafka.partitions)
+    assert seen.same_process
+    assert seen.rss_most - seen.rss_before < 500, "MiB"

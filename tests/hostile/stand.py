@@ -110,7 +110,7 @@ def stand(
         number = "SELECT count() FROM (SELECT DISTINCT topic, partition, offset FROM dead_letters)"
         expected = len(account.buried)
         installation.wait_until(lambda: installation.number(number) >= expected, f"{expected} letters", patience_s)
-        installation.settle(load, account.last)
+        installation.settle(load, account.last, timeout_s=patience_s)
         letters = installation.rows(_LETTERS)
         wrong = unaccounted(account, letters, installation.config.kafka.topic_prefix)
         wrong += _other_bytes(installation, account)

@@ -100,7 +100,7 @@ def test_a_bomb_is_not_hidden_by_a_start_in_its_middle(kafka: str) -> None:
 
 def test_a_crowd_of_empty_records_is_one_record(kafka: str) -> None:
     count = MAX_BATCH_RECORDS + 1
-    crowd = record_batch(packed(records([RawRecord(None, None)]) * count, "zstd"), count, "zstd")
+    crowd = record_batch(packed(records([RawRecord(None, None)] * count), "zstd"), count, "zstd")
     where, (at, after) = send(kafka, crowd, one(b"b"))
     stand, last = flat(fetch(kafka, where))
     assert (stand.offset, last.offset) == (at + count - 1, after)

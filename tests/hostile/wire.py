@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import cramjam
+from aiokafka.codec import snappy_encode
 from aiokafka.record.util import calc_crc32c
 
 __all__ = ["CODECS", "Placed", "RawRecord", "WireClient", "bomb", "packed", "record_batch", "records"]
@@ -72,7 +73,7 @@ def packed(data: bytes, codec: str) -> bytes:
         packer = zlib.compressobj(wbits=31)
         return packer.compress(data) + packer.flush()
     if codec == "snappy":
-        return bytes(cast(Any, cramjam.snappy).compress_raw(data))
+        return snappy_encode(data)
     packer = _packer(codec)
     packer.compress(data)
     return bytes(packer.finish())
