@@ -94,8 +94,10 @@ async def _ends(consumer: Any, kafka: Kafka) -> dict[tuple[str, int], tuple[int,
 async def _waiting(consumer: Any, kafka: Kafka, done: Mapping[int, int]) -> dict[str, Ranges]:
     from gpuledger.schemas.events import Dirty, decode_event
     from gpuledger.schemas.exceptions import MessageError
+    from gpuledger.streams import record_batches
     from gpuledger.streams.marks import Marks
 
+    record_batches.install()  # whoever may write there may send a batch that unpacks to gigabytes
     marks = Marks()
     partitions = (await partitions_of(kafka)).get("dirty", [])
     if not partitions:
