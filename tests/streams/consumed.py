@@ -120,17 +120,12 @@ def logs(w: World, r: random.Random, rates: Sequence[Fact] = (), tail: int | Non
 
 
 def _tail(facts: list[Fact], batches: list[dict[str, Any]], tail: int | None, r: random.Random) -> set[int]:
-    """The identities of what comes last; where the shortest run has few batches, all of them may."""
+    """The identities of what comes last."""
     if tail is None:
         return set()
     corrections = [fact for fact in facts if fact.revision > 1] or facts
     last: list[Any] = r.sample(corrections, min(tail, len(corrections)))
-    some = r.sample(batches, min(tail, len(batches)))
-    runs = [[b for b in batches if b["run_id"] == run_id] for run_id in sorted({b["run_id"] for b in batches})]
-    short = min(runs, key=len, default=[])
-    if len(runs) % 2 == 0 and len(short) <= 2 * tail:
-        some = short
-    return {id(item) for item in [*last, *some]}
+    return {id(item) for item in [*last, *r.sample(batches, min(tail, len(batches)))]}
 
 
 # ------------------------------------------------------------------------------------------------- the worker

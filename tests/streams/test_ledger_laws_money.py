@@ -14,13 +14,13 @@ from tests.streams.chance import Drawn
 from tests.streams.worlds import BASES, World, asked, worlds
 
 
-@asked(60)
+@asked(40)
 @given(laws_money.shared_gpus())
 def test_law_7_a_shared_gpu_is_divided_exactly(w: World) -> None:
     laws_money.shares(w)
 
 
-@asked(40)
+@asked()
 @given(worlds(), st.data())
 def test_law_7_money_is_divided_exactly(w: World, data: st.DataObject) -> None:
     laws_money.money(w, Drawn(data.draw))

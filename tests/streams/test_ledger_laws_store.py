@@ -31,7 +31,7 @@ from tests.streams.wrong import IN_THE_STORE, InTheStore
 
 pytestmark = pytest.mark.services
 
-SEEDS = range(int(os.environ.get("GPULEDGER_STORE_SEEDS", "2")))
+SEEDS = range(int(os.environ.get("GPULEDGER_STORE_SEEDS", "1")))
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ BASES: tuple[int, ...] = (
 )
 
 
-def asked(examples: int = 40) -> settings:
+def asked(examples: int = 25) -> settings:
     """How a law is asked: of the same few worlds in every run, of many others where somebody asks for so many."""
     many = int(os.environ.get("GPULEDGER_LAW_EXAMPLES", "0"))
     return settings(

@@ -297,7 +297,7 @@ IN_THE_STORE: tuple[InTheStore, ...] = (
     InTheStore(
         Mistake("3", "remembered before the marks were out", put(TelemetrySink, "store", remembers_too_soon)),
         (d.reboot, d.late),
-        0,
+        7,
     ),
     InTheStore(
         Mistake("9", "only the new revision marks", put(FactsSink, "_revisions", only_the_new)), (d.corrected,), 0
@@ -305,15 +305,17 @@ IN_THE_STORE: tuple[InTheStore, ...] = (
     InTheStore(
         Mistake("9", "only the pool of now is marked", put(Store, "pools_of", where_it_is_now)),
         (d.pool_changes, d.late),
-        0,
+        1,
     ),
     InTheStore(
-        Mistake("9", "a naming marks nothing", put(TelemetrySink, "_mark_confirmations", no_marks)), (d.late, d.lost), 0
+        Mistake("9", "a naming marks nothing", put(TelemetrySink, "_mark_confirmations", no_marks)),
+        (d.late, d.lost),
+        86,
     ),
     InTheStore(
-        Mistake("9", "a boot marks nothing", put(TelemetrySink, "_mark_boots", no_marks)), (d.reboot, d.late), 0
+        Mistake("9", "a boot marks nothing", put(TelemetrySink, "_mark_boots", no_marks)), (d.reboot, d.late), 1
     ),
     InTheStore(
-        Mistake("9", "the end of a job marks nothing", put(FactsSink, "_mark_job_ends", no_marks)), (d.no_epilog,), 0
+        Mistake("9", "the end of a job marks nothing", put(FactsSink, "_mark_job_ends", no_marks)), (d.no_epilog,), 1
     ),
 )
