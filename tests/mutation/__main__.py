@@ -77,18 +77,19 @@ def main() -> int:
     began = time.monotonic()
     killed: Counter[str] = Counter()
     equivalent: Counter[str] = Counter()
-    survivors = 0
     wrongly_listed: list[str] = []
+
+    def tell(outcome: Outcome) -> None:
+        reason = known.get(outcome.candidate, "")
+        _show(outcome, reason, arguments.kills)
+        name = outcome.candidate.target.name
+        killed[name] += bool(outcome.killed_by)
+        equivalent[name] += bool(reason and not outcome.killed_by)
+        if reason and outcome.killed_by:
+            wrongly_listed.append(f"{name}: {outcome.candidate.becomes} (by {outcome.killed_by})")
+
     try:
-        for outcome in run(found, arguments.processes):
-            reason = known.get(outcome.candidate, "")
-            _show(outcome, reason, arguments.kills)
-            name = outcome.candidate.target.name
-            killed[name] += bool(outcome.killed_by)
-            equivalent[name] += bool(reason and not outcome.killed_by)
-            survivors += not outcome.killed_by and not reason
-            if reason and outcome.killed_by:
-                wrongly_listed.append(f"{name}: {outcome.candidate.becomes} (by {outcome.killed_by})")
+        run(found, arguments.processes, tell)
     except BaselineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

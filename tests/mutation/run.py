@@ -1,17 +1,14 @@
-"""Runs the tests of a module against its mutants: each in a process forked from one that has numpy, Arrow, Hypothesis
-and pytest loaded, with the mutated text given to the import system from memory. The files are never touched.
+"""Runs the tests of a module against its mutants: each in a process forked from one in which pytest has collected the
+tests, with the mutated text put in place of the loaded module. The files are never touched.
 
-Forking makes a mutant cost about as much as the first test that notices it. Limits are in CPU seconds, so that a busy
-machine decides nothing.
+So a mutant costs little more than the first test that notices it. Limits are in CPU seconds, so that a busy machine
+decides nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import resource
 import select
@@ -19,7 +16,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,42 +107,21 @@ def candidates(targets: Sequence[Target]) -> list[Candidate]:
 # ------------------------------------------------------------------------------------------- in the child
 
 
-class _FromMemory(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives one module another text."""
-
-    def __init__(self, target: Target, source: str) -> None:
-        self.target, self.source = target, source
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.target.module:
-            return None
-        return importlib.util.spec_from_loader(fullname, self, origin=str(ROOT / self.target.path))
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        code = compile(self.source, str(ROOT / self.target.path), "exec")
-        exec(code, module.__dict__)  # noqa: S102 (our own source with one change)
+def _replace(module: types.ModuleType, source: str, path: str) -> None:
+    """Gives a loaded module another text, in this process: itself, and what other modules have imported from it."""
+    before = {name: value for name, value in vars(module).items() if not name.startswith("__")}
+    for name in before:
+        delattr(module, name)
+    exec(compile(source, path, "exec"), vars(module))  # noqa: S102 (our own source with one change)
+    for other in list(sys.modules.values()):
+        if other is module or other.__name__.partition(".")[0] not in ("gpuledger", "tests"):
+            continue
+        for name, value in list(vars(other).items()):
+            if name in before and value is before[name]:
+                setattr(other, name, getattr(module, name))
 
 
-class _FirstFailure:
-    """A pytest plugin that runs examples before properties, which cost more, and remembers what failed first."""
-
-    name = ""
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: getattr(getattr(item, "obj", None), "is_hypothesis_test", False))
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.name = self.name or report.nodeid
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self.name = self.name or f"import of {report.nodeid}"
-
-
-def _child(target: Target, source: str, cpu_s: int, pipe: int) -> None:
+def _child(session: pytest.Session, target: Target, source: str, cpu_s: int, pipe: int) -> None:
     """Runs the tests, writes the name of the first that failed to the pipe, and ends the process."""
     status = 1
     try:
@@ -156,43 +132,40 @@ def _child(target: Target, source: str, cpu_s: int, pipe: int) -> None:
             resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
         resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        sys.meta_path.insert(0, _FromMemory(target, source))
-        os.write(pipe, _tests_fail(target).encode()[:2000])
+        os.write(pipe, _first_failure(session, target, source).encode()[:2000])
         status = 0
     finally:
         os._exit(status)
 
 
-def _tests_fail(target: Target) -> str:
+def _first_failure(session: pytest.Session, target: Target, source: str) -> str:
     """What failed first, empty when all passed."""
-    # The same examples every time, no search for a smaller one: only whether a test fails is asked.
-    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-    hypothesis.settings.register_profile("mutation", derandomize=True, database=None, phases=phases)
-    hypothesis.settings.load_profile("mutation")
-    first = _FirstFailure()
-    # No plugins, no fixtures of the project, nothing written: a test that needs more does not belong here.
-    arguments = ["-x", "-q", "--noconftest", "--assert=plain", "-p", "no:cacheprovider", "-o", "addopts="]
-    code = int(pytest.main([*arguments, *target.tests], plugins=[first]))
-    if code == 0:
-        return ""
-    return first.name or f"pytest ended with {code}"
+    try:
+        _replace(sys.modules[target.module], source, target.path)
+    except Exception as error:
+        return f"import: {error!r}"
+    reports = _Reports()
+    session.config.pluginmanager.register(reports)
+    # Examples before properties, which cost more.
+    items = sorted(session.items, key=lambda item: getattr(getattr(item, "obj", None), "is_hypothesis_test", False))
+    for item in items:
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+        if reports.failed:
+            return reports.failed
+    return ""
+
+
+class _Reports:
+    """A pytest plugin that remembers what failed first."""
+
+    failed = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed = self.failed or report.nodeid
 
 
 # ------------------------------------------------------------------------------------------- in the parent
-
-
-def _load(targets: Sequence[Target]) -> None:
-    """Loads what the tests import, then forgets all of the project, so that a child imports only that again."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("pandas")  # pyarrow loads it when it is first used, where it is installed
-    for target in targets:
-        for path in target.tests:
-            importlib.import_module(path.removesuffix(".py").replace("/", "."))
-    keep = __name__.rpartition(".")[0]
-    for name in list(sys.modules):
-        ours = name.split(".")[0] in ("gpuledger", "tests")
-        if ours and name != "tests" and not name.startswith(keep):
-            del sys.modules[name]
 
 
 @dataclass(slots=True)
@@ -202,16 +175,6 @@ class _Running:
     until: float
     candidate: Candidate | None
     said: bytes = field(default=b"")
-
-
-def _start(target: Target, source: str, cpu_s: int, wall_s: float, candidate: Candidate | None) -> _Running:
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reading)
-        _child(target, source, cpu_s, writing)
-    os.close(writing)
-    return _Running(pid, reading, time.monotonic() + wall_s, candidate)
 
 
 def _end(child: _Running) -> str:
@@ -245,44 +208,87 @@ def _wait(children: list[_Running]) -> tuple[_Running, str]:
                 return child, _end(child)
 
 
-def _baseline(target: Target) -> float:
-    """CPU seconds of the unchanged module's tests.
+class _Loop:
+    """A pytest plugin that, instead of the collected tests, runs them once for each mutant, in forked processes."""
+
+    def __init__(self, target: Target, chosen: Sequence[Candidate], processes: int) -> None:
+        self.target, self.chosen, self.processes = target, chosen, processes
+        self.source = target.source
+        self.error = "pytest collected nothing"
+        self.tell: Callable[[Outcome], None] = lambda _: None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        if session.testsfailed or not session.items:
+            return True
+        cpu_s, failed = self._baseline(session)
+        self.error = failed and f"the tests fail without a mutation: {failed}"
+        if failed:
+            return True
+        limits = int(cpu_s * _CPU_FACTOR) + _CPU_EXTRA_S, cpu_s * _WALL_FACTOR + _WALL_EXTRA_S
+        children: list[_Running] = []
+        for candidate in self.chosen:
+            if len(children) == self.processes:
+                self._reap(children)
+            children.append(self._start(session, candidate, *limits))
+        while children:
+            self._reap(children)
+        return True
+
+    def _baseline(self, session: pytest.Session) -> tuple[float, str]:
+        """CPU seconds of the unchanged module's tests, and which failed."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        _, failed = _wait([self._start(session, None, 0, 600)])
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, failed
+
+    def _reap(self, children: list[_Running]) -> None:
+        child, killed_by = _wait(children)
+        assert child.candidate is not None
+        self.tell(Outcome(child.candidate, killed_by))
+
+    def _start(self, session: pytest.Session, candidate: Candidate | None, cpu_s: int, wall_s: float) -> _Running:
+        source = self.source if candidate is None else apply(self.source, candidate.mutant)
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            _child(session, self.target, source, cpu_s, writing)
+        os.close(writing)
+        return _Running(pid, reading, time.monotonic() + wall_s, candidate)
+
+
+def run(chosen: Sequence[Candidate], processes: int, tell: Callable[[Outcome], None]) -> None:
+    """Tells the outcome of every mutant, as they end; `processes` at a time.
 
     Raises:
-        BaselineError: they fail.
-    """
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    _, failed = _wait([_start(target, target.source, 0, 600, None)])
-    if failed:
-        raise BaselineError(f"{target.name}: the tests fail without a mutation: {failed}; run: pytest {failed}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def run(chosen: Sequence[Candidate], processes: int) -> Iterator[Outcome]:
-    """The outcome of every mutant, as they end; `processes` at a time.
-
-    Raises:
-        BaselineError: the tests of a module fail without a mutation.
+        BaselineError: the tests of a module cannot be collected, or fail without a mutation.
     """
     os.chdir(ROOT)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    targets = [target for target in TARGETS if any(one.target == target for one in chosen)]
-    sources = {target.name: target.source for target in targets}
-    _load(targets)
-    cpu_s = {target.name: _baseline(target) for target in targets}
-    children: list[_Running] = []
-    for candidate in chosen:
-        if len(children) == processes:
-            child, killed_by = _wait(children)
-            assert child.candidate is not None
-            yield Outcome(child.candidate, killed_by)
-        target = candidate.target
-        text = apply(sources[target.name], candidate.mutant)
-        cpu_limit = int(cpu_s[target.name] * _CPU_FACTOR) + _CPU_EXTRA_S
-        wall_limit = cpu_s[target.name] * _WALL_FACTOR + _WALL_EXTRA_S
-        children.append(_start(target, text, cpu_limit, wall_limit, candidate))
-    while children:
-        child, killed_by = _wait(children)
-        assert child.candidate is not None
-        yield Outcome(child.candidate, killed_by)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pandas")  # pyarrow loads it when it is first used, where it is installed
+    # The same examples every time, no search for a smaller one: only whether a test fails is asked.
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    hypothesis.settings.register_profile("mutation", derandomize=True, database=None, phases=phases)
+    hypothesis.settings.load_profile("mutation")
+    # No plugins, no fixtures of the project, nothing written: a test that needs more does not belong here.
+    arguments = [
+        "-s",
+        "--noconftest",
+        "--assert=plain",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:terminal",
+        "-o",
+        "addopts=",
+    ]
+    for target in TARGETS:
+        mine = [one for one in chosen if one.target == target]
+        if mine:
+            loop = _Loop(target, mine, processes)
+            loop.tell = tell
+            pytest.main([*arguments, *target.tests], plugins=[loop])
+            if loop.error:
+                raise BaselineError(f"{target.name}: {loop.error}; run: pytest {' '.join(target.tests)}")

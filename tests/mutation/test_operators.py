@@ -33,6 +33,7 @@ def changed(source: str) -> set[str]:
         ("return 5", {"return 6", "return 4"}),
         ("return 0", {"return 1", "return (-1)"}),
         ("return f(side='left')", {'return f(side="right")'}),
+        ("return zip(a, b, strict=True)", set[str]()),
         ("return a['x']", {'return a["XXx"]'}),
         ("return a[b:c]", {"return a[:c]", "return a[b:]"}),
         ("return np.minimum(a, b)", {"return np.maximum(a, b)"}),

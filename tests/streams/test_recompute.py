@@ -126,6 +126,10 @@ def test_what_a_batch_says_is_unobserved_is_seen_as_unobserved() -> None:
     found = ledger(Pool().gpu(), fragment(0, (0, 10 * S, "unobserved", 0, 700)))
     assert by_minute(found) == {(0, "unallocated", "unobserved"): (WHOLE, 700, 50 * SECOND)}
     assert found.unallocated_blind_us.tolist() == [50 * SECOND]
+    # Also where it is known that it used none.
+    found = ledger(Pool().gpu(), fragment(0, (0, 10 * S, "unobserved", 5, 5)))
+    assert by_minute(found) == {(0, "unallocated", "unobserved"): (WHOLE, 0, 50 * SECOND)}
+    assert found.by_minute.energy_known.tolist() == [True]
 
 
 def test_a_device_that_is_down_is_down() -> None:
@@ -149,6 +153,20 @@ def test_a_shared_interval_is_divided_to_the_microsecond() -> None:
         (0, "unallocated", "idle"): (1_667, 6, 0),
     }
     assert found.service_us.tolist() == [7_000]
+
+
+def test_each_shared_gpu_is_divided_by_itself() -> None:
+    # Three GPUs, each half acme's and half nord's, seen active, not at all, and idle; 20 mJ and 60 mJ by halves.
+    pool = Pool()
+    for gpu in ("a", "b", "c"):
+        pool.gpu(gpu).held("acme", 0, MINUTE, gpu, weight_den=2).held("nord", 0, MINUTE, gpu, job="n", weight_den=2)
+    sights = [fragment(0, (0, 20 * S, "active", 0, 20), gpu="a"), fragment(0, (0, MINUTE, "idle", 0, 60), gpu="c")]
+    found = ledger(pool, *sights)
+    half = {"active": (10 * SECOND, 10, 0), "idle": (30 * SECOND, 30, 0), "unobserved": unseen(50 * SECOND)}
+    assert by_minute(found) == {
+        (0, tenant, "held", activity): cell for tenant in ("acme", "nord") for activity, cell in half.items()
+    }
+    assert {key[1] for key in by_gpu_minute(found)} == {"a", "c"}
 
 
 def test_time_in_the_middle_of_a_piece_is_a_difference_of_floors() -> None:
@@ -327,6 +345,27 @@ def test_energy_of_an_instance_is_cut_where_either_is_cut() -> None:
     # 10-15 s: 75 unobserved; 15-30 s: 225 active; 30-35 s: 150 active; 35-40 s: 150 unobserved.
     assert found["active"] == (8_571_429, 375, 8_571_429)
     assert found["unobserved"] == (25_714_286 - 8_571_429, 225, 25_714_286 - 8_571_429)
+
+
+def test_each_instance_has_its_own_activity() -> None:
+    # Two GPUs of two halves. The instances of each are seen in different thirds of the minute, so each half's 30 s
+    # and half of 6,000 mJ are active for a third of it, idle for another, and unobserved for the rest.
+    pool = Pool()
+    whens = {("a", 1): 0, ("a", 2): 20, ("b", 1): 20, ("b", 2): 0}
+    sights: list[dict[str, Any]] = []
+    for (gpu, instance), at in whens.items():
+        tenant = f"{gpu}{instance}"
+        pool.held(tenant, 0, MINUTE, gpu, job=tenant, instance=instance, weight_den=2)
+        first, second = (at * S, (at + 20) * S, "active"), ((at + 20) * S, (at + 40) * S, "idle")
+        sights.append(fragment(0, (*first, None, None), (*second, None, None), gpu=gpu, instance=instance))
+    for gpu in ("a", "b"):
+        pool.gpu(gpu)
+        sights.append(fragment(0, (0, MINUTE, "down", 0, 6_000), gpu=gpu))
+    assert by_minute(ledger(pool, *sights)) == {
+        (0, f"{gpu}{instance}", "held", activity): (10 * SECOND, 1_000, 10 * SECOND)
+        for gpu, instance in whens
+        for activity in ("active", "idle", "unobserved")
+    }
 
 
 @pytest.mark.parametrize(("held", "seen", "same"), [(5, 5, True), (0, 5, True), (5, 0, True), (5, 6, False)])

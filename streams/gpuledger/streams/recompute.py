@@ -106,7 +106,7 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class _Moves:
-    """Observed time: entry `entry` did `activity` for `us` in `minute`, using `energy` (-1: not known)."""
+    """Observed time: entry `entry` did `activity` for `us` in `minute`, using `energy` (negative: not known)."""
 
     entry: Ints
     minute: Ints
@@ -125,17 +125,14 @@ class _Cells:
     end: Ints
 
 
-def _sum(keys: tuple[Ints, ...], us: Ints, energy: Ints, blind: Ints, *, partly: bool = False) -> Amounts:
-    """Sums rows of equal keys, exactly, and drops the rows of which nothing is left.
-
-    `partly`: more rows of these keys are to come, so that a row without time and energy may still take some away.
-    """
+def _sum(keys: tuple[Ints, ...], us: Ints, energy: Ints, blind: Ints) -> Amounts:
+    """Sums rows of equal keys, exactly, and drops the rows of which nothing is left."""
     combined = np.ravel_multi_index(keys, [int(key.max(initial=0)) + 1 for key in keys])
     unique, first, inverse = np.unique(combined, return_index=True, return_inverse=True)
     sums = [np.zeros(len(unique), dtype=np.int64) for _ in range(3)]
     for total, values in zip(sums, (us, energy, blind), strict=True):
         np.add.at(total, inverse, values)
-    kept = np.flatnonzero((sums[0] != 0) | (sums[1] != 0) | (partly & (sums[2] != 0)))
+    kept = np.flatnonzero(np.any(sums, axis=0))
     rows = first[kept]
     return Amounts(tuple(key[rows] for key in keys), *(total[kept] for total in sums))
 
@@ -238,25 +235,23 @@ class _Shares:
 def _by_instance(seen: Observed, of_entry: _Uses, shares: _Shares, window: Window) -> tuple[Ints, Ints, Ints]:
     """(row, activity, millijoules) of the stretches of the shares in which the instance of each was seen: its energy
     by time, in differences that telescope."""
-    slices = seen.take(np.flatnonzero(seen.instance != 0))
-    device = slices.gpu << 16 | slices.instance
-    known = np.unique(device)
+    device = seen.gpu << 16 | seen.instance
     wanted = shares.gpu << 16 | of_entry.instance[shares.entry]
-    place = np.searchsorted(known, wanted)
-    there = np.flatnonzero(np.append(known, -1)[place] == wanted)
+    place = np.searchsorted(device, wanted)
+    there = np.flatnonzero(np.append(device, -1)[place] == wanted)
     width = window.to_ms - window.from_ms
-    at = np.searchsorted(known, device) * width - window.from_ms
+    at = np.searchsorted(device, device) * width - window.from_ms
     of_row = place[there] * width - window.from_ms
-    first = np.searchsorted(at + slices.end, of_row + shares.begin[there], side="right")
-    last = np.searchsorted(at + slices.start, of_row + shares.finish[there], side="left")
+    first = np.searchsorted(at + seen.end, of_row + shares.begin[there], side="right")
+    last = np.searchsorted(at + seen.start, of_row + shares.finish[there], side="left")
     row, position = expand(last - first)
     segment, row = first[row] + position, there[row]
-    mine = np.flatnonzero(_same_epoch(of_entry.epoch[shares.entry[row]], slices.epoch[segment]))
+    mine = np.flatnonzero(_same_epoch(of_entry.epoch[shares.entry[row]], seen.epoch[segment]))
     segment, row = segment[mine], row[mine]
     begin, finish, nothing = shares.begin[row], shares.finish[row], np.zeros(len(row), dtype=np.int64)
     line = begin, finish, nothing, shares.mj[row]
-    until = linear(np.minimum(slices.end[segment], finish), *line)
-    return row, slices.activity[segment], until - linear(np.maximum(slices.start[segment], begin), *line)
+    until = linear(np.minimum(seen.end[segment], finish), *line)
+    return row, seen.activity[segment], until - linear(np.maximum(seen.start[segment], begin), *line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,9 +274,10 @@ def _moves(seen: Observed, cut: Pieces, cells: _Cells, spans_: Spans, window: Wi
     finish = np.minimum(seen.end[segment], cells.end[cell])
     pair, position = expand(cut.offsets[piece + 1] - cut.offsets[piece])
     entry = cut.offsets[piece[pair]] + position
+    nobody = np.zeros(2, dtype=np.int64)  # unallocated and unsliced: the whole GPU
     of_entry = _Uses(
-        instance=np.append(spans_.holders.instance, [0, 0])[cut.holder],
-        epoch=np.append(spans_.holders.epoch, [0, 0])[cut.holder],
+        instance=np.append(spans_.holders.instance, nobody)[cut.holder],
+        epoch=np.append(spans_.holders.epoch, nobody)[cut.holder],
     )
     mine = of_entry.instance[entry] == seen.instance[segment[pair]]
     mine &= _same_epoch(of_entry.epoch[entry], seen.epoch[segment[pair]])
@@ -293,13 +289,12 @@ def _moves(seen: Observed, cut: Pieces, cells: _Cells, spans_: Spans, window: Wi
 
     # A slice's share of the GPU's energy is known even where what the slice did is not.
     energy = _energy_moves(seen, segment, cell, cells, cut, of_entry, window)
-    known = seen.energy_from[segment[pair]] >= 0
     return _Moves(
         entry=np.concatenate([entry, energy.entry]),
         minute=np.concatenate([minute, energy.minute]),
         activity=np.concatenate([activity, energy.activity]),
         us=np.concatenate([us, np.zeros(len(energy.mj), dtype=np.int64)]),
-        energy=np.concatenate([np.where(known, 0, -1), energy.mj]),
+        energy=np.concatenate([np.minimum(seen.energy_from[segment[pair]], 0), energy.mj]),
     )
 
 
@@ -353,7 +348,6 @@ def _seen(moved_keys: tuple[Ints, ...], moves: _Moves, moved_base: Ints) -> Amou
         np.concatenate([moves.us, -moves.us]),
         np.concatenate([np.where(known, moves.energy, 0), back]),
         np.concatenate([np.where(known, 0, moves.us), -moves.us]),
-        partly=True,
     )
 
 
@@ -465,7 +459,7 @@ def _total(parts: Iterable[_Sums]) -> _Sums:
             kept = part
             continue
         by_minute, by_gpu_hour, by_job = (
-            _sum(*_stacked([getattr(kept, name), getattr(part, name)]), partly=True)
+            _sum(*_stacked([getattr(kept, name), getattr(part, name)]))
             for name in ("by_minute", "by_gpu_hour", "by_job")
         )
         kept = _Sums(by_minute, part.by_gpu_minute, by_gpu_hour, by_job)
