@@ -32,6 +32,7 @@ log = logging.getLogger("tests.faults")
 
 _STALL_S = SESSION_TIMEOUT_S + 2
 _FRESH_WORKERS = 3
+_BROKER_NOTICES_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +266,10 @@ class _Rough:
         if fault.how == "kill -9":
             self._site.kill(self._site.sender_pid)
         else:
-            self._fill(self._site.spool, self._site.sender_pid, fault.for_ms)
+            self._site.memory.unlink(missing_ok=True)
+            self._fill(self._site.spool, self._site.sender_pid, self._site.memory.exists)
+            time.sleep(fault.for_ms / 1000)
+            self._site.spool.free(self._site.sender_pid)
 
     def _stall(self, pid: int) -> None:
         stop(pid)
@@ -282,14 +286,23 @@ class _Rough:
             time.sleep(fault.for_ms / 1000)
             resume(service.pid)
         else:
-            self._fill(service.disk, service.pid, fault.for_ms)
+            self._fill(service.disk, service.pid, self._noticed(service))
+            time.sleep(fault.for_ms / 1000)
+            service.disk.free(service.pid)
             service.ensure()
 
-    def _fill(self, disk: Disk, pid: int, for_ms: int) -> None:
+    def _fill(self, disk: Disk, pid: int, noticed: Callable[[], object]) -> None:
+        """Returns when somebody wanted to write there, and could not."""
         disk.fill(pid)
         self._site.allow(self._sent)
-        time.sleep(for_ms / 1000)
-        disk.free(pid)
+        self._site.until(noticed, "the full disk is noticed")
+
+    def _noticed(self, service: Service) -> Callable[[], bool]:
+        """Of ClickHouse the workers say it; a broker that cannot write ends itself, but may have room in open files."""
+        before, until_s = self._site.refusals(), time.monotonic() + _BROKER_NOTICES_S
+        if service is self._clickhouse:
+            return lambda: self._site.refusals() > before
+        return lambda: not service.running or time.monotonic() > until_s
 
     # -- at a barrier
 
@@ -318,11 +331,14 @@ class _Rough:
         if fault.how in ("network cut", "disk full"):
             # The process goes on into the cut, not after it.
             service = self._broker if fault.victim == "broker" else self._clickhouse
+            noticed = self._noticed(service)
             if fault.how == "network cut":
                 stop(service.pid)
             else:
                 service.disk.fill(service.pid)
             resume(pid)
+            if fault.how == "disk full":
+                self._site.until(noticed, "the full disk is noticed")
             time.sleep(fault.for_ms / 1000)
             if fault.how == "network cut":
                 resume(service.pid)

@@ -98,6 +98,7 @@ class _Sender:
         self._position = end
         # What is in memory would be lost with this process: it is noted only when the broker has it.
         if self._spool.in_memory:
+            (self._directory / "memory").touch()
             await self._room_in_memory()
         else:
             _come(self._orders, "sealed")

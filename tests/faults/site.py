@@ -69,6 +69,16 @@ class Site:
         return [worker for worker in self.installation.workers if worker.running]
 
     @property
+    def memory(self) -> Path:
+        """Made by the agent when its spool turns to memory."""
+        return self.directory / "memory"
+
+    def refusals(self) -> int:
+        """How often the workers were refused for want of disk."""
+        logs = (worker.log() for worker in self.installation.workers)
+        return sum(len(re.findall(r"enough space|No space left|File too large", log)) for log in logs)
+
+    @property
     def sender_pid(self) -> int:
         return int(self._sender.pid)
 
