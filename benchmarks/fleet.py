@@ -268,8 +268,8 @@ class Sample:
         return [*cells, *(f"{self.cpu[n]:.2f}/{self.rss_mib[n]:.0f}" for n in (*_SERVICES, "sender") if n in self.cpu)]
 
 
-_HEADINGS = ["at s", "behind s", "complete s", "live slice s", "backlog min", "sender late s"]
-_HEADINGS += [f"{name} cores/MiB" for name in (*_SERVICES, "sender")]
+_NUMBERS = ("at s", "behind s", "complete s", "live slice s", "backlog min", "sender late s")
+_HEADINGS = (*_NUMBERS, *(f"{name} cores/MiB" for name in (*_SERVICES, "sender")))
 
 
 class Looks:
@@ -361,6 +361,7 @@ def _ledger_wrong(up: Installation, gpus: int, since_ms: int, until_ms: int) -> 
 
 
 async def _wait_for_facts(up: Installation, gpus: int, held: int) -> None:
+    placed = allocated = 0
     for _ in range(600):
         ((placed, allocated),) = await asyncio.to_thread(up.rows, _FACTS)
         if (placed, allocated) == (gpus, held):

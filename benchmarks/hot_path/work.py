@@ -120,7 +120,7 @@ class Fold:
             sums[:, n] = np.bincount(code, weights=columns.column(name).to_numpy(), minlength=size)
         sums[:, -1] = np.bincount(code, minlength=size)
         by_node = sums.reshape(len(places), span, GPUS, len(METRICS) + 1)
-        seen = by_node[:, :, :, -1].any(axis=2)
+        seen: NDArray[np.bool_] = np.any(by_node[:, :, :, -1], axis=2)
         for key, n in places.items():
             for at in np.flatnonzero(seen[n]).tolist():
                 before = self.sums.get((key, first + at))

@@ -216,24 +216,24 @@ def fragments(block: TelemetryBlock) -> Fragments | None:
 
     owner = np.repeat(np.arange(len(block.headers)), [len(header.devices) for header in block.headers])
     devices = [device for header in block.headers for device in header.devices]
-    device = pieces.device[groups]
-    headers = [block.headers[n] for n in owner[device]]
-    gpus = [devices[n].gpu for n in device]
+    of_device = pieces.device[groups]
+    of_header = owner[of_device]
     minutes_ms = minute[groups] * MINUTE_MS
     timestamp = pa.timestamp("ms", tz="UTC")
     columns: dict[str, pa.Array] = {
         "minute": pa.array(minutes_ms).cast(timestamp),
-        "gpu": pa.array(gpus, type=pa.string()),
-        "instance": pa.array([devices[n].instance for n in device], type=pa.uint16()),
-        "run_start_ms": pa.array([header.run_start_ms for header in headers], type=pa.int64()),
-        "run_id": pa.array([header.run_id for header in headers], type=pa.string()),
-        "seq": pa.array([header.seq for header in headers], type=pa.uint32()),
-        "epoch_ms": pa.array([devices[n].epoch_ms for n in device], type=pa.int64()),
-        "node": pa.array([header.node for header in headers], type=pa.string()),
+        "gpu": pa.array([device.gpu for device in devices], type=pa.string()).take(of_device),
+        "instance": pa.array([device.instance for device in devices], type=pa.uint16()).take(of_device),
+        "run_start_ms": pa.array([header.run_start_ms for header in block.headers], type=pa.int64()).take(of_header),
+        "run_id": pa.array([header.run_id for header in block.headers], type=pa.string()).take(of_header),
+        "seq": pa.array([header.seq for header in block.headers], type=pa.uint32()).take(of_header),
+        "epoch_ms": pa.array([device.epoch_ms for device in devices], type=pa.int64()).take(of_device),
+        "node": pa.array([header.node for header in block.headers], type=pa.string()).take(of_header),
         **timeline,
         "power_integral_mj": _power_integral(block, order, pieces, groups),
         "samples": pa.array(np.add.reduceat(pieces.last_of_sample.astype(np.int64), groups), type=pa.uint16()),
         **_gauges(block, order, pieces, groups),
-        "appended_at": pa.array(block.appended_ms[owner[device]]).cast(timestamp),
+        "appended_at": pa.array(block.appended_ms[of_header]).cast(timestamp),
     }
+    gpus = [devices[n].gpu for n in of_device.tolist()]
     return Fragments(table=pa.table(columns), gpus=gpus, minutes_ms=minutes_ms)
