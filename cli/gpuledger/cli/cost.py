@@ -88,8 +88,9 @@ def cost(
 
     Keys of json and csv: tenant, pool or job_id (with tenant and pool); held_gpu_us, of which active_, idle_,
     unobserved_, down_ and pending_gpu_us; unconfirmed_, reserved_unused_, free_ and unsliced_gpu_us; energy_mj;
-    asset_cost (what the operator pays, by who bears it) with asset_currency; charge (what the tenant owes) with charge_currency;
-    estimate; incomplete. Times are GPU-microseconds; integers and decimals are text in json; null is not known.
+    asset_cost (what the operator pays, by who bears it) with asset_currency; charge (what the tenant owes) with
+    charge_currency; estimate; incomplete. Times are GPU-microseconds; integers and decimals are text in json; null is
+    not known.
 
     A row is an estimate where the range cuts price intervals or minutes are not complete, and incomplete where its
     asset cost lacks something: energy that is not known, or a pool or time without an applied asset cost. A second
