@@ -22,6 +22,8 @@ __all__ = ["Levels", "Unheld", "levels", "unheld"]
 
 Ints = NDArray[np.int64]
 
+#: Shared pieces meet every change of any holder while they last: pairs of the two that are in memory at once, about.
+_PAIRS_AT_ONCE = 50_000
 _COUNTED_STATES = ("active", "ended")
 
 
@@ -98,13 +100,15 @@ def _held(pieces: Pieces, row_of_holder: Ints, rows: int, cuts: Ints) -> Ints:
     held = np.cumsum(steps, axis=1)[:, :-1] * (np.diff(cuts) * US_PER_MS)
 
     part = np.flatnonzero(~whole)
-    owner, position = expand(last[part] - first[part])
-    owner = part[owner]
-    cell = first[owner] + position
-    begin = np.maximum(pieces.start[piece[owner]], cuts[cell] // MINUTE_MS * MINUTE_MS)
-    amount, length = pieces.amount[entry[owner]], pieces.length[piece[owner]]
-    share = amount * (cuts[cell + 1] - begin) // length - amount * (cuts[cell] - begin) // length
-    np.add.at(held, (row[owner], cell), share)
+    pairs = int((last[part] - first[part]).sum())
+    for some in np.array_split(part, pairs // _PAIRS_AT_ONCE + 1):
+        owner, position = expand(last[some] - first[some])
+        owner = some[owner]
+        cell = first[owner] + position
+        begin = np.maximum(pieces.start[piece[owner]], cuts[cell] // MINUTE_MS * MINUTE_MS)
+        amount, length = pieces.amount[entry[owner]], pieces.length[piece[owner]]
+        share = amount * (cuts[cell + 1] - begin) // length - amount * (cuts[cell] - begin) // length
+        np.add.at(held, (row[owner], cell), share)
     return held
 
 
