@@ -399,7 +399,9 @@ async def measure(up: Installation, arguments: argparse.Namespace, scenario: Sce
     # From the first whole minute of batches to the last that had its time.
     since_ms = (start_ms + first * 1000 + 2 * _FLUSH_S * 1000) // 60_000 * 60_000 + 60_000
     until_ms = (_now_ms() - _COMPLETE_WITHIN_S * 1000) // 60_000 * 60_000
-    wrong = _ledger_wrong(up, arguments.gpus, since_ms, until_ms) if until_ms > since_ms else []
+    wrong = ["no minute is old enough to be looked at: measure for longer"]
+    if until_ms > since_ms:
+        wrong = _ledger_wrong(up, arguments.gpus, since_ms, until_ms)
     told = verdict(looks.samples, wrong)
     last = _third(looks.samples, 2)
     names = (*_SERVICES, "sender")
