@@ -86,7 +86,8 @@ def facts_hashes(facts: PoolFacts, from_ms: int, to_ms: int, confirm_ms: int, fo
         booted = boot_ends(facts, without_end)[open_]
         ends = booted < OPEN_END_MS
         told = booted[ends].astype(np.uint64) * np.uint64(13)
-        steps.count(booted[ends], never[ends], hashes[ends] * np.uint64(11) + told)
+        # An allocation younger than the boot that ends it never held anything: what moved that boot marks nothing.
+        steps.count(np.maximum(booted, start)[ends], never[ends], hashes[ends] * np.uint64(11) + told)
         for tenant in facts.tenants:
             for rule in tenant.rules:
                 end = OPEN_END_MS if rule.end_ms is None else rule.end_ms
