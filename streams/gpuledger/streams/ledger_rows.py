@@ -26,7 +26,7 @@ __all__ += ["gpu_minute_rows", "job_hour_rows", "merge", "minute_rows", "quantit
 Ints = NDArray[np.int64]
 
 #: Rows of GPUs by minute that are made at once.
-GPU_ROWS = 20_000
+GPU_ROWS = 10_000
 _NONE = np.empty(0, dtype=np.int64)
 
 _TIME = pa.timestamp("ms", tz="UTC")

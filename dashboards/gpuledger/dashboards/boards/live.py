@@ -356,8 +356,8 @@ GAPS = Panel(
     id="telemetry-gaps",
     title="Telemetry gaps of a day",
     description="Batches that never came: an agent had no broker for longer than its spool holds, and dropped the "
-    "oldest. The ledger has this time as unobserved; who held the GPUs, and what it costs, stands. Again and again: set "
-    "a larger agent.spool_max_bytes, or see why the node loses its broker.",
+    "oldest. The ledger has this time as unobserved; who held the GPUs, and what it costs, stands. Again and again: "
+    "set a larger agent.spool_max_bytes, or see why the node loses its broker.",
     kind="table",
     sql="SELECT to_at, from_at, node, batches, reason FROM v_gaps WHERE $__timeFilter(to_at) "
     "ORDER BY to_at DESC, node, from_at LIMIT 100",
