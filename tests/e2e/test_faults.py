@@ -82,7 +82,6 @@ def test_a_worker_joins_and_another_leaves_under_load(pipeline: Installation, lo
     same(pipeline.digest(load), undisturbed)
 
 
-@pytest.mark.timeout(180)
 def test_a_commit_before_the_store_is_noticed(pipeline: Installation, load: Load, undisturbed: Digest) -> None:
     """The order is what the other tests hold: with offsets committed first, one kill loses marks, and both the
     comparison and the audit say so."""

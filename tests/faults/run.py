@@ -19,7 +19,7 @@ from gpuledger.streams.audit import AuditReport, audit
 from gpuledger.streams.store import Store
 from tests.e2e.orders import Order, Orders
 from tests.e2e.pipeline import Digest, differences, digest_of, installation
-from tests.faults.disks import Disk, make_disk
+from tests.faults.disks import Disk, LimitedDisk
 from tests.faults.drawing import Fault, Wave, draw
 from tests.faults.load import Episode, FaultLoad, record
 from tests.faults.services import SESSION_TIMEOUT_S, Service, make_broker, make_clickhouse, resume, stop
@@ -89,11 +89,11 @@ def run(
         for service in (broker, clickhouse):
             stack.callback(service.close)
             service.start()
-        outcome = Outcome(kills, seed, load, clickhouse.disk.kind)
+        outcome = Outcome(kills, seed, load, f"{clickhouse.disk.kind} (the spool: {LimitedDisk.kind})")
         try:
-            with _site("calm", directory, may_mount, broker, clickhouse, load, None) as site:
+            with _site("calm", directory, broker, clickhouse, load, None) as site:
                 outcome.calm = _calm(site, load)
-            with _site("rough", directory, may_mount, broker, clickhouse, load, wrong) as site:
+            with _site("rough", directory, broker, clickhouse, load, wrong) as site:
                 rough = _Rough(site, broker, clickhouse, load, outcome, began_s + limit_s)
                 try:
                     outcome.rough = rough.run(waves)
@@ -112,7 +112,6 @@ def run(
 def _site(
     name: str,
     directory: Path,
-    may_mount: bool,
     broker: Service,
     clickhouse: Service,
     load: FaultLoad,
@@ -120,7 +119,9 @@ def _site(
 ) -> Generator[Site]:
     own = directory / name
     own.mkdir()
-    spool = make_disk(own / "spool", may_mount, 512)
+    # Not a small disk: SQLite would go on for a while in the space that its file has already.
+    (own / "spool").mkdir()
+    spool = LimitedDisk(own / "spool")
     bootstrap, url = f"127.0.0.1:{broker.port}", f"http://127.0.0.1:{clickhouse.port}"
     with ExitStack() as stack:
         stack.callback(spool.close)
