@@ -297,7 +297,7 @@ IN_THE_STORE: tuple[InTheStore, ...] = (
     InTheStore(
         Mistake("3", "remembered before the marks were out", put(TelemetrySink, "store", remembers_too_soon)),
         (d.reboot, d.late),
-        7,
+        259,
     ),
     InTheStore(
         Mistake("9", "only the new revision marks", put(FactsSink, "_revisions", only_the_new)), (d.corrected,), 0
