@@ -26,7 +26,7 @@ def equivalents(found: list[Candidate]) -> tuple[dict[Candidate, str], list[str]
     for module, listed in entries.items():
         for entry in listed:
             named = names.get((module, entry["was"], entry["becomes"]), [])
-            known |= dict.fromkeys(named, entry["reason"])
+            known.update((one, str(entry["reason"])) for one in named)
             if not named and any(one.target.name == module for one in found):
                 stale.append(f"{module}: {entry['becomes']}")
     return known, stale
