@@ -141,7 +141,7 @@ def test_malformed_messages_are_dead_letters_and_nothing_else_is_lost(
     same(pipeline.digest(load), undisturbed)
 
 
-@pytest.mark.timeout(900)  # half a minute, but for a machine that does much else
+@pytest.mark.timeout(1_800)  # under a minute, but for a machine that does much else
 def test_every_message_of_a_siege_is_accounted_for(pipeline: Installation, load: Load, undisturbed: Digest) -> None:
     seen = stand(pipeline, load, undisturbed, ATTACKS, seed=7)
     assert not seen.wrong, "\n".join(seen.wrong[:20])

@@ -94,7 +94,7 @@ class _Memory:
 
 
 def stand(
-    installation: Installation, load: Load, undisturbed: Digest, count: int, seed: int, patience_s: float = 240
+    installation: Installation, load: Load, undisturbed: Digest, count: int, seed: int, patience_s: float = 600
 ) -> Stand:
     """Lets one worker stand `count` attacks of `seed`, and looks at everything afterwards."""
     began = time.monotonic()
