@@ -152,14 +152,15 @@ class _Audit:
     # -- what is looked at
 
     def _bounds(self) -> dict[str, tuple[int, int]]:
-        """The complete minutes of each pool that can have anything to account; what is not complete is counted."""
-        report = self._report
+        """The complete minutes of each pool that can have anything to account, with the whole hours and price intervals
+        in which it begins and ends; what is not complete is counted."""
+        report, unit = self._report, self._rules.unit_ms
         out: dict[str, tuple[int, int]] = {}
         report.pending_minutes = 0
         for pool in report.pools:
             first, last = self._extents.get(pool, (report.to_ms, report.to_ms))
-            start = max(report.from_ms, first // MINUTE_MS * MINUTE_MS)
-            until = min(report.to_ms, -(-last // MINUTE_MS) * MINUTE_MS)
+            start = max(report.from_ms, first // unit * unit)
+            until = min(report.to_ms, -(-last // unit) * unit)
             end = max(start, min(until, report.complete_until_ms))
             report.pending_minutes += max(0, until - max(start, end)) // MINUTE_MS
             if start < end:
