@@ -14,8 +14,8 @@ import pyarrow as pa
 from gpuledger.schemas.telemetry import Activity
 from gpuledger.streams.decode import decode_block
 from gpuledger.streams.fragments import fragments
-from gpuledger.streams.holders import Conflict
 from gpuledger.streams.observed import FRAGMENT_COLUMNS
+from gpuledger.streams.pool_facts import Conflict
 from gpuledger.streams.recompute import Amounts, Ledger, Window, recompute
 from tests.streams.inputs import empty_fragments, facts, message
 

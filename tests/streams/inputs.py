@@ -21,8 +21,8 @@ from gpuledger.schemas.events import (
     Transfer,
 )
 from gpuledger.schemas.telemetry import BatchHeader, Device, DownCause
-from gpuledger.streams.holders import PoolFacts
 from gpuledger.streams.observed import FRAGMENT_COLUMNS
+from gpuledger.streams.pool_facts import PoolFacts
 
 __all__ = ["Message", "boots", "empty_fragments", "events", "facts", "message", "namings"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from gpuledger.streams.holders import Conflict, PoolFacts
+from gpuledger.streams.pool_facts import Conflict, PoolFacts
 from gpuledger.streams.recompute import recompute
 from tests.streams.computed import (
     Figures,

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from gpuledger.schemas.telemetry import Activity
-from gpuledger.streams.holders import PoolFacts
 from gpuledger.streams.observed import FRAGMENT_COLUMNS
+from gpuledger.streams.pool_facts import PoolFacts
 from gpuledger.streams.recompute import Amounts, Ledger, Window, kinds
 
 H = 1_700_002_800_000

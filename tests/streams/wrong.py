@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from gpuledger.finance import charges
 from gpuledger.finance.apportion import apportion_groups
 from gpuledger.schemas.events import AssetCost
-from gpuledger.streams import fragments, holders, observed, pieces, recompute, reserved, sinks
+from gpuledger.streams import fragments, observed, pieces, recompute, reserved, service, sinks
 from gpuledger.streams.fragments import Fragments
-from gpuledger.streams.holders import PoolFacts
 from gpuledger.streams.observed import Observed
+from gpuledger.streams.pool_facts import PoolFacts
 from gpuledger.streams.sinks import FactsSink, TelemetrySink
 from gpuledger.streams.store import Store
 from tests.streams import computed
@@ -218,7 +218,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake("agreement", "unsliced capacity is unallocated", put(recompute, "spans", no_geometry)),
     Mistake("agreement", "a job's end ends nothing", put(recompute, "spans", no_job_ends)),
     Mistake("conservation", "remainders are dropped", put(pieces, "apportion_groups", floors_only)),
-    Mistake("order_and_repetition", "the first row read wins a GPU", put(holders._Claim, "rank", first_come)),  # pyright: ignore[reportPrivateUsage]
+    Mistake("order_and_repetition", "the first row read wins a GPU", put(service.Claim, "rank", first_come)),
     Mistake("order_and_repetition", "the run that came first wins", put(observed, "_run_ranks", as_they_came)),
     Mistake("replay", "fragments are named by their block", put(computed, "fragments", numbered_by_block)),
     Mistake("additivity", "promises begin with the window", put(reserved, "levels", promised_here)),

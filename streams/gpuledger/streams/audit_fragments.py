@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from gpuledger.streams.audit_checks import MOST_ROWS, Finding
 from gpuledger.streams.audit_sums import Grid, Places
 from gpuledger.streams.fingerprints import FACTS_FORMULA, facts_hashes
-from gpuledger.streams.holders import PoolFacts
 from gpuledger.streams.marks import MINUTE_MS
+from gpuledger.streams.pool_facts import PoolFacts
 from gpuledger.streams.store import Store
 
 __all__ = ["PoolMinutes", "differing_minutes", "pool_fragments", "print_findings", "written_until"]

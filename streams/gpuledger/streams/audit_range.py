@@ -15,8 +15,8 @@ from gpuledger.streams.audit_checks import Finding
 from gpuledger.streams.audit_fragments import differing_minutes, pool_fragments, print_findings, written_until
 from gpuledger.streams.audit_relations import PoolSums, Suspect, in_service, relations
 from gpuledger.streams.audit_sums import Grid, Places, Scope, fragment_sums, gpu_numbers, no_sums, read_sums
-from gpuledger.streams.holders import PoolFacts
 from gpuledger.streams.marks import HOUR_MS, MINUTE_MS
+from gpuledger.streams.pool_facts import PoolFacts
 from gpuledger.streams.recomputer import LedgerRules
 from gpuledger.streams.store import Store
 

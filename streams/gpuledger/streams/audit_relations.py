@@ -16,8 +16,9 @@ from gpuledger.finance.rates import Rates, price_intervals
 from gpuledger.streams.audit_checks import MOST_ROWS, Finding, Unit
 from gpuledger.streams.audit_sums import Grid, Places
 from gpuledger.streams.fingerprints import RatePrints
-from gpuledger.streams.holders import PoolFacts, spans
+from gpuledger.streams.holders import spans
 from gpuledger.streams.marks import HOUR_MS, MINUTE_MS
+from gpuledger.streams.pool_facts import PoolFacts
 
 __all__ = ["STORED", "PoolSums", "Suspect", "in_service", "relations"]
 

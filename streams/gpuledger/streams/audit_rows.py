@@ -20,10 +20,11 @@ from gpuledger.finance.rates import Rates, price_intervals, rates_from
 from gpuledger.streams import ledger_rows
 from gpuledger.streams.audit_checks import Finding, Unit
 from gpuledger.streams.fingerprints import RatePrints
-from gpuledger.streams.holders import PoolFacts, spans
+from gpuledger.streams.holders import spans
 from gpuledger.streams.ledger_digest import row_hashes
 from gpuledger.streams.marks import MINUTE_MS, Ranges
 from gpuledger.streams.pieces import expand
+from gpuledger.streams.pool_facts import PoolFacts
 from gpuledger.streams.recomputer import LedgerRules, Recomputer
 from gpuledger.streams.store import Store
 

@@ -17,9 +17,9 @@ from gpuledger.streams.audit_checks import Finding
 from gpuledger.streams.audit_range import PoolReads
 from gpuledger.streams.audit_rows import minute_differences, money_differences, same_money
 from gpuledger.streams.audit_sums import Places
-from gpuledger.streams.holders import OPEN_END_MS, PoolFacts
 from gpuledger.streams.ledger_digest import row_hashes
 from gpuledger.streams.marks import MINUTE_MS
+from gpuledger.streams.pool_facts import OPEN_END_MS, PoolFacts
 from gpuledger.streams.recomputer import LedgerRules, Recomputer
 from gpuledger.streams.store import Store
 

@@ -33,9 +33,10 @@ from gpuledger.streams.explain_money import shares
 from gpuledger.streams.explain_reads import Reads
 from gpuledger.streams.explain_seen import seen, traced
 from gpuledger.streams.explanation import Claim, Explanation, Mark, MinuteVersion, Placed, PoolMinute, Seen, Segment
-from gpuledger.streams.holders import OPEN_END_MS, UNPLACED_POOL
+from gpuledger.streams.holders import UNPLACED_POOL
 from gpuledger.streams.marks import MINUTE_MS
 from gpuledger.streams.observed import FRAGMENT_COLUMNS
+from gpuledger.streams.pool_facts import OPEN_END_MS
 from gpuledger.streams.recompute import Window, recompute
 from gpuledger.streams.recomputer import LedgerRules
 from gpuledger.streams.store import Store

@@ -29,9 +29,10 @@ from gpuledger.schemas.events import (
     Tenant,
     Transfer,
 )
+from gpuledger.streams.claims import SOURCES, UNATTRIBUTED
 from gpuledger.streams.explanation import Change, Claim, FactHistory, Placed, Revision, TenantPart
-from gpuledger.streams.holders import OPEN_END_MS, SOURCES, UNATTRIBUTED
 from gpuledger.streams.marks import MINUTE_MS
+from gpuledger.streams.pool_facts import OPEN_END_MS
 
 __all__ = ["Learnt", "Naming", "claims", "current", "histories", "moment", "overlap", "placed"]
 

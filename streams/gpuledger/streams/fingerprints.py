@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from gpuledger.finance.rates import Rates
 from gpuledger.schemas.events import Fact, encode_event
-from gpuledger.streams.holders import OPEN_END_MS, PoolFacts, boot_ends
+from gpuledger.streams.claims import boot_ends
 from gpuledger.streams.ledger_rows import Fingerprints
 from gpuledger.streams.marks import MINUTE_MS
+from gpuledger.streams.pool_facts import OPEN_END_MS, PoolFacts
 
 __all__ = ["FACTS_FORMULA", "RatePrints", "facts_hashes", "fingerprints"]
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from gpuledger.finance.apportion import apportion_groups
 from gpuledger.finance.charges import Quantities
 from gpuledger.schemas.telemetry import Activity
-from gpuledger.streams.holders import Conflict
 from gpuledger.streams.marks import HOUR_MS, MINUTE_MS
+from gpuledger.streams.pool_facts import Conflict
 from gpuledger.streams.recompute import Amounts, Ledger, kinds
 
 __all__ = ["Fingerprints", "Version", "conflict_rows", "gpu_hour_rows", "gpu_minute_parts"]

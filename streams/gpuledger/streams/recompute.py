@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from gpuledger.finance.apportion import apportion_groups
 from gpuledger.schemas.telemetry import Activity
 from gpuledger.streams.counters import linear
-from gpuledger.streams.holders import Conflict, PoolFacts, Spans, spans
+from gpuledger.streams.holders import Spans, spans
 from gpuledger.streams.observed import Observed, observed
 from gpuledger.streams.pieces import MINUTE_MS, Pieces, expand, pieces
+from gpuledger.streams.pool_facts import Conflict, PoolFacts
 from gpuledger.streams.reserved import Unheld, unheld
 
 __all__ = ["Amounts", "Ledger", "Window", "kinds", "recompute"]

@@ -20,10 +20,11 @@ from gpuledger.finance.rates import Rates, price_intervals, rates_from
 from gpuledger.schemas.telemetry import MAX_CLOCK_AHEAD_MS
 from gpuledger.streams import ledger_rows
 from gpuledger.streams.fingerprints import RatePrints, fingerprints
-from gpuledger.streams.holders import UNPLACED_POOL, PoolFacts, unplaced
+from gpuledger.streams.holders import UNPLACED_POOL, unplaced
 from gpuledger.streams.ledger_digest import DIGESTED, digested
 from gpuledger.streams.ledger_rows import Fingerprints, Version, stamp
 from gpuledger.streams.marks import HOUR_MS, MINUTE_MS
+from gpuledger.streams.pool_facts import PoolFacts
 from gpuledger.streams.recompute import Ledger, Window, recompute
 from gpuledger.streams.store import MAX_BLOCK_ROWS, Store
 

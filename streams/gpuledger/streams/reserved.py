@@ -15,8 +15,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gpuledger.finance.apportion import apportion_groups
-from gpuledger.streams.holders import OPEN_END_MS, Conflict, PoolFacts, Spans
+from gpuledger.streams.holders import Spans
 from gpuledger.streams.pieces import MINUTE_MS, US_PER_MS, Pieces, expand
+from gpuledger.streams.pool_facts import OPEN_END_MS, Conflict, PoolFacts
 
 __all__ = ["Levels", "Unheld", "levels", "unheld"]
 

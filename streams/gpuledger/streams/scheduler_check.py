@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from gpuledger.streams.holders import OPEN_END_MS
+from gpuledger.streams.pool_facts import OPEN_END_MS
 from gpuledger.streams.sacct import JobRun
 from gpuledger.streams.store import Store
 

@@ -17,7 +17,7 @@ from urllib3.exceptions import HTTPError
 
 from gpuledger.schemas.config import ClickHouse
 from gpuledger.schemas.events import AssetCost, EnergyTariff, RateCard, Tenant, decode_event
-from gpuledger.streams.holders import OPEN_END_MS, PoolFacts
+from gpuledger.streams.pool_facts import OPEN_END_MS, PoolFacts
 
 __all__ = ["FRAGMENT_HASH", "PART_FRAGMENTS", "Rate", "Store", "is_io_error"]
 
