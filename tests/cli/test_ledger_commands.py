@@ -88,7 +88,7 @@ def rows(ledger: SmallLedger, *arguments: str) -> list[dict[str, Any]]:
 
 KEYS = {
     *("held_gpu_us", "active_gpu_us", "idle_gpu_us", "unobserved_gpu_us", "down_gpu_us", "pending_gpu_us"),
-    *("unconfirmed_gpu_us", "reserved_unused_gpu_us", "free_gpu_us", "energy_mj"),
+    *("unconfirmed_gpu_us", "reserved_unused_gpu_us", "free_gpu_us", "unsliced_gpu_us", "energy_mj"),
     *("asset_cost", "asset_currency", "charge", "charge_currency", "estimate", "incomplete"),
 }
 
@@ -104,7 +104,7 @@ def test_cost_by_tenant_agrees_with_the_intervals(ledger: SmallLedger) -> None:
         parts = ("active", "idle", "unobserved", "down", "pending")
         assert sum(int(found[tenant][f"{part}_gpu_us"]) for part in parts) == int(found[tenant]["held_gpu_us"])
     assert int(found["acme"]["active_gpu_us"]) > 0 and int(found["acme"]["idle_gpu_us"]) > 0
-    names = ("held_gpu_us", "unconfirmed_gpu_us", "reserved_unused_gpu_us", "free_gpu_us")
+    names = ("held_gpu_us", "unconfirmed_gpu_us", "reserved_unused_gpu_us", "free_gpu_us", "unsliced_gpu_us")
     assert sum(int(row[name]) for row in found.values() for name in names) == sum(SERVICE.values())
     # A flat rate on all held time of the pool with a card.
     assert found["acme"]["charge_currency"] == "EUR"
@@ -136,7 +136,7 @@ def test_cost_by_job_and_pool(ledger: SmallLedger) -> None:
     assert int(jobs[H100, "(operator)", ""]["free_gpu_us"]) > 0
     pools = {row["pool"]: row for row in rows(ledger, "cost", "--by", "pool", *BOUNDS)}
     assert set(pools) == {H100, B200}
-    names = ("held_gpu_us", "unconfirmed_gpu_us", "reserved_unused_gpu_us", "free_gpu_us")
+    names = ("held_gpu_us", "unconfirmed_gpu_us", "reserved_unused_gpu_us", "free_gpu_us", "unsliced_gpu_us")
     assert {pool: sum(int(row[name]) for name in names) for pool, row in pools.items()} == SERVICE
 
 

@@ -75,8 +75,9 @@ def quiet(kafka: str, clickhouse: ClickHouse, load: Load, tmp_path_factory: pyte
 @pytest.fixture
 def broker(tmp_path: Path) -> Generator[EmbeddedKafka]:
     """One that may be killed and paused."""
-    # A broker that was paused for longer than its session is without partitions for a moment, and refuses what came.
-    settings = {"broker.session.timeout.ms": 120_000}
+    # A broker that was paused for longer than its session is without partitions for a moment, and refuses what came;
+    # one that was killed has to wait for the end of that session.
+    settings = {"broker.session.timeout.ms": 40_000}
     with EmbeddedKafka(tmp_path / "kafka", port=free_port(), settings=settings) as broker:
         try:
             yield broker

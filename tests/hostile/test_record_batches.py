@@ -19,6 +19,10 @@ pytestmark = pytest.mark.services
 MIB = 1 << 20
 
 
+#: A topic that was made just now may not be known yet, or not have its leader.
+_NOT_READY = (3, 6)
+
+
 def send(bootstrap: str, *batches: bytes) -> tuple[TopicPartition, list[int]]:
     """To a topic of their own; where each begins."""
     topic = f"batches-{uuid.uuid4().hex[:8]}"
@@ -33,6 +37,11 @@ def send(bootstrap: str, *batches: bytes) -> tuple[TopicPartition, list[int]]:
         async with WireClient(bootstrap) as wire:
             for batch in batches:
                 place = await wire.produce(topic, 0, batch)
+                for _ in range(100):
+                    if place is None or place.error not in _NOT_READY:
+                        break
+                    await asyncio.sleep(0.1)
+                    place = await wire.produce(topic, 0, batch)
                 assert place is not None and place.error == 0, place
                 offsets.append(place.offset)
         return offsets

@@ -161,7 +161,7 @@ def test_handlers_are_put_back() -> None:
 
 
 def test_the_log_of_the_previous_run_is_kept(tmp_path: Path) -> None:
-    child = python_child(tmp_path, "again", "import os, signal; print('up', os.getpid(), flush=True); signal.pause()")
+    child = python_child(tmp_path, "again", "import os, signal; print(f'up {os.getpid()}', flush=True); signal.pause()")
     pids: list[int] = []
     for _ in range(2):
         child.start()

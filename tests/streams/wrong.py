@@ -230,7 +230,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake("money", "a period costs the same every minute", put(charges, "fixed_cost_nano", the_same_every_minute)),
     Mistake("energy", "remainders of energy are dropped", put(recompute, "apportion_groups", floors_only)),
     Mistake("energy", "a part is taken for the whole", put(recompute, "_line", from_what_is_believed)),
-    Mistake("energy", "energy is spent early", put(fragments, "_linear", no_reset)),
+    Mistake("energy", "energy is spent early", put(fragments, "linear", no_reset)),
 )
 
 
