@@ -96,12 +96,13 @@ class _Sender:
             await asyncio.to_thread(self._seal, message)
         self._wake.set()
         self._position = end
+        # A spool stays in memory for a minute after its disk was full: this point is passed there too.
+        _come(self._orders, "sealed")
         # What is in memory would be lost with this process: it is noted only when the broker has it.
         if self._spool.in_memory:
             (self._directory / "memory").touch()
             await self._room_in_memory()
         else:
-            _come(self._orders, "sealed")
             write_number(self._directory / "position", end)
 
     async def _room_in_memory(self) -> None:

@@ -15,9 +15,6 @@ _TIMEOUT_S = 840
 
 
 @pytest.mark.timeout(_TIMEOUT_S + 30)
-@pytest.mark.skip(
-    reason="an order to kill the agent may come after its last batch and is then waited for in vain: scripts/faults"
-)
 def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
     # Its own process: it mounts small disks, and ends whatever it has started with itself.
     command = [sys.executable, "-m", "tests.faults", "--kills", "20", "--seed", "1", "--limit-s", "600"]
