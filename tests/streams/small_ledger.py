@@ -7,6 +7,9 @@ only knows where things are.
 from __future__ import annotations
 
 import time
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -177,3 +180,16 @@ class SmallLedger:
         names = [row[0] for row in self.store.rows(f"DESCRIBE TABLE {table}")]
         values = ", ".join(changed.get(name, name) for name in names)
         self.sql(f"INSERT INTO {table} ({', '.join(names)}) SELECT {values} FROM {table} WHERE {where}")
+
+
+@contextmanager
+def built_ledger(url: str) -> Generator[SmallLedger]:
+    """A ledger in a database of its own, for all tests of a module: building one takes longer than a test."""
+    name = f"test_{uuid.uuid4().hex}"
+    made = SmallLedger(ClickHouse(url=url, database=name))
+    made.build()
+    try:
+        yield made
+    finally:
+        made.store.client.command(f"DROP DATABASE {name} SYNC")
+        made.store.close()

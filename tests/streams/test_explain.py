@@ -6,7 +6,6 @@ The explanation says in words what the ledger decides in arrays; each test compa
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
@@ -19,14 +18,23 @@ from click.testing import CliRunner, Result
 from gpuledger.cli.explain_text import as_json, as_text
 from gpuledger.cli.main import cli
 from gpuledger.cli.moments import iso
-from gpuledger.schemas.config import ClickHouse
 from gpuledger.schemas.events import AccountRule, Commitment, Geometry, Instance, Job, Tenant
 from gpuledger.streams.explain import UnknownGPU, explain
 from gpuledger.streams.explanation import Explanation, Mark, PoolMinute, Segment
 from gpuledger.streams.recomputer import LedgerRules
 from tests.fixtures.clickhouse import ClickHouse as Server
 from tests.streams.corrections import NOW_MS, Subject, revised
-from tests.streams.small_ledger import B200, END_MS, H100, RULES, START_MS, SmallLedger, allocation, minute
+from tests.streams.small_ledger import (
+    B200,
+    END_MS,
+    H100,
+    RULES,
+    START_MS,
+    SmallLedger,
+    allocation,
+    built_ledger,
+    minute,
+)
 
 pytestmark = pytest.mark.services
 
@@ -38,12 +46,8 @@ HELD = ("held", "unconfirmed")
 @pytest.fixture(scope="module")
 def ledger(clickhouse: Server) -> Iterator[SmallLedger]:
     """One for the module: each test explains, and corrects, a GPU of its own."""
-    name = f"test_{uuid.uuid4().hex}"
-    made = SmallLedger(ClickHouse(url=clickhouse.url, database=name))
-    made.build()
-    yield made
-    made.store.client.command(f"DROP DATABASE {name} SYNC")
-    made.store.close()
+    with built_ledger(clickhouse.url) as made:
+        yield made
 
 
 def explained(ledger: SmallLedger, gpu: str, n: int, rules: LedgerRules = RULES, now_ms: int = NOW_MS) -> Explanation:

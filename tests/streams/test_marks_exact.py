@@ -7,7 +7,6 @@ design (the union of every revision's range, all pools of a GPU), the test names
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from gpuledger.schemas.config import ClickHouse
 from gpuledger.schemas.events import (
     AccountRule,
     Commitment,
@@ -29,7 +27,7 @@ from gpuledger.schemas.events import (
 from gpuledger.streams.holders import UNPLACED_POOL
 from tests.fixtures.clickhouse import ClickHouse as Server
 from tests.streams.corrections import NOW_MS, Minutes, Subject, revised
-from tests.streams.small_ledger import B200, H100, START_MS, SmallLedger, minute
+from tests.streams.small_ledger import B200, H100, START_MS, SmallLedger, built_ledger, minute
 
 pytestmark = pytest.mark.services
 
@@ -39,12 +37,8 @@ LAST = 180
 @pytest.fixture(scope="module")
 def ledger(clickhouse: Server) -> Iterator[SmallLedger]:
     """One for the module: building one takes longer than a test. Each test corrects a GPU of its own, see `Subject`."""
-    name = f"test_{uuid.uuid4().hex}"
-    made = SmallLedger(ClickHouse(url=clickhouse.url, database=name))
-    made.build()
-    yield made
-    made.store.client.command(f"DROP DATABASE {name} SYNC")
-    made.store.close()
+    with built_ledger(clickhouse.url) as made:
+        yield made
 
 
 _ROWS = {

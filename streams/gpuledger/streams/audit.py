@@ -25,7 +25,7 @@ from gpuledger.streams.audit_rows import hour_differences, minute_differences
 from gpuledger.streams.audit_sample import Sampler
 from gpuledger.streams.marks import HOUR_MS, MINUTE_MS, Ranges
 from gpuledger.streams.recomputer import LedgerRules, Recomputer
-from gpuledger.streams.store import Store
+from gpuledger.streams.store import KEPT_MS, Store
 
 __all__ = ["MOST_FINDINGS", "PAUSES_S", "AuditReport", "Finding", "Waiting", "audit"]
 
@@ -35,8 +35,6 @@ Waiting = Callable[[], Mapping[str, Ranges]]
 #: Findings that a report lists.
 MOST_FINDINGS = 20
 _DAY_MS = 86_400_000
-#: Fragments and GPU minutes are deleted after 90 days, some hours before or after.
-_KEPT_MS = 89 * _DAY_MS
 #: The newest complete minutes are still being written: not complete yet is no finding there.
 _SETTLE_MS = 120_000
 #: Before the second, third and fourth look. Marks of older hours wait for company for up to 15 s (`Pace.patience_ms`).
@@ -105,7 +103,7 @@ def audit(
     names = sorted(extents) if pools is None else sorted(set(pools))
     complete_ms = Recomputer(store, rules).complete_until_ms()
     report = AuditReport(from_ms, to_ms, complete_ms, names)
-    _Audit(store, rules, report, extents, now_ms - _KEPT_MS).run(sample, seed, pools is None, waiting, pauses_s)
+    _Audit(store, rules, report, extents, now_ms - KEPT_MS).run(sample, seed, pools is None, waiting, pauses_s)
     return report
 
 

@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from gpuledger.finance.charges import UNATTRIBUTED
 from gpuledger.schemas.events import Tenant
 from gpuledger.streams.pool_facts import OPEN_END_MS, PoolFacts, codes, strings, times
 
-__all__ = ["SOURCES", "UNATTRIBUTED", "Claims", "Holders", "boot_ends", "claims_of"]
+__all__ = ["SOURCES", "Claims", "Holders", "boot_ends", "claims_of"]
 
 Ints = NDArray[np.int64]
 
-UNATTRIBUTED = "unattributed"
 #: Claims of several sources for one job on one GPU count once: the first of these wins.
 SOURCES = ("slurm", "kubernetes", "manual", "process")
 

@@ -39,12 +39,9 @@ from gpuledger.streams.observed import FRAGMENT_COLUMNS
 from gpuledger.streams.pool_facts import OPEN_END_MS
 from gpuledger.streams.recompute import Window, recompute
 from gpuledger.streams.recomputer import LedgerRules
-from gpuledger.streams.store import Store
+from gpuledger.streams.store import KEPT_MS, Store
 
 __all__ = ["UnknownGPU", "VersionMarks", "explain"]
-
-#: Fragments and GPU minutes are deleted after 90 days, some hours before or after.
-_KEPT_MS = 89 * 86_400_000
 
 #: (pool, minute, versions oldest first, of the present epoch) → the marks that led to each: see `MinuteVersion.marks`.
 VersionMarks = Callable[[str, int, Sequence[MinuteVersion]], Mapping[int, list[Mark]]]
@@ -134,7 +131,7 @@ class _Asked:
 
     @property
     def expired(self) -> bool:
-        return self.minute_ms < self.now_ms - _KEPT_MS
+        return self.minute_ms < self.now_ms - KEPT_MS
 
 
 def _completeness(reads: Reads, rules: LedgerRules) -> tuple[int, str]:
@@ -144,8 +141,7 @@ def _completeness(reads: Reads, rules: LedgerRules) -> tuple[int, str]:
     slowest = min(gates, key=lambda gate: (progress.get(gate, 0), gate), default=None)
     if slowest is None:
         return 0, ""
-    until = max(0, progress.get(slowest, 0) - rules.grace_ms) // MINUTE_MS * MINUTE_MS
-    return until, f"{slowest[0]}/{slowest[1]}"
+    return rules.complete_until_ms(progress.get(slowest, 0)), f"{slowest[0]}/{slowest[1]}"
 
 
 # ------------------------------------------------------------------------------------------------- facts
@@ -291,7 +287,7 @@ def _notes(found: Explanation, known: _Known, reads: Reads, now_ms: int) -> list
             f"the minute is not complete: {found.held_back_by or 'no partition'} has not stored anything from after it "
             f"and the grace time; complete until {moment(found.complete_until_ms)}. What nobody has seen is pending"
         )
-    if found.minute_ms < now_ms - _KEPT_MS:
+    if found.minute_ms < now_ms - KEPT_MS:
         notes.append(
             "telemetry is kept for 90 days and this minute's has expired; hours and charges are kept: gpuledger "
             f"ledger show --rows gpu-hour --gpu {found.gpu} --from {moment(found.minute_ms // 3_600_000 * 3_600_000)}"

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from gpuledger.finance.charges import UNATTRIBUTED
 from gpuledger.schemas.events import (
     AccountRule,
     Allocation,
@@ -29,7 +30,7 @@ from gpuledger.schemas.events import (
     Tenant,
     Transfer,
 )
-from gpuledger.streams.claims import SOURCES, UNATTRIBUTED
+from gpuledger.streams.claims import SOURCES
 from gpuledger.streams.explanation import Change, Claim, FactHistory, Placed, Revision, TenantPart
 from gpuledger.streams.marks import MINUTE_MS
 from gpuledger.streams.pool_facts import OPEN_END_MS

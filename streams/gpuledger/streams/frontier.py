@@ -69,8 +69,8 @@ class Frontier:
     def _look(self) -> tuple[int, int, dict[str, tuple[int, int]]]:
         rows = self._store.rows("SELECT max(marked_until_ms) FROM frontier WHERE name = {name:String}", {"name": _NAME})
         marked = int(rows[0][0]) if rows and rows[0][0] else 0
-        stored = self._store.stored_until_ms(self._rules.gates) - self._rules.grace_ms
-        complete = max(marked, stored // MINUTE_MS * MINUTE_MS, 0)
+        stored_until_ms = self._store.stored_until_ms(self._rules.gates)
+        complete = max(marked, self._rules.complete_until_ms(stored_until_ms))
         return marked, complete, self._store.extents()
 
     def _remember(self, complete_ms: int) -> None:

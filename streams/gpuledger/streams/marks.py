@@ -58,11 +58,6 @@ class Ranges:
     def __repr__(self) -> str:
         return f"Ranges({self._ranges})"
 
-    @property
-    def last_end(self) -> int:
-        """The end of the last range. Raises IndexError when empty."""
-        return self._ranges[-1][1]
-
 
 class Marks:
     """Dirty ranges by pool, whole minutes, with why they are dirty (the first reason given for a pool)."""

@@ -44,6 +44,10 @@ class LedgerRules:
     gates: dict[str, int] = field(default_factory=dict[str, int])
     ahead_ms: int = MAX_CLOCK_AHEAD_MS
 
+    def complete_until_ms(self, stored_until_ms: int) -> int:
+        """Minutes that end before this are complete, where every gating partition has stored until then."""
+        return max(0, stored_until_ms - self.grace_ms) // MINUTE_MS * MINUTE_MS
+
     @property
     def unit_ms(self) -> int:
         """Slices that make hours and money are multiples of this: whole hours and whole price intervals."""
@@ -80,7 +84,7 @@ class Recomputer:
 
     def complete_until_ms(self) -> int:
         """Minutes that end before this are complete."""
-        return max(0, self._store.stored_until_ms(self._rules.gates) - self._rules.grace_ms) // MINUTE_MS * MINUTE_MS
+        return self._rules.complete_until_ms(self._store.stored_until_ms(self._rules.gates))
 
     def minutes(self, pool: str, from_ms: int, to_ms: int, version: Version) -> int:
         """Writes minute rows (and GPU rows of complete minutes) of [from_ms, to_ms); returns how many rows."""

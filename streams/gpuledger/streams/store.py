@@ -19,7 +19,7 @@ from gpuledger.schemas.config import ClickHouse
 from gpuledger.schemas.events import AssetCost, EnergyTariff, RateCard, Tenant, decode_event
 from gpuledger.streams.pool_facts import OPEN_END_MS, PoolFacts
 
-__all__ = ["FRAGMENT_HASH", "PART_FRAGMENTS", "Rate", "Store", "is_io_error"]
+__all__ = ["FRAGMENT_HASH", "KEPT_MS", "PART_FRAGMENTS", "Rate", "Store", "is_io_error"]
 
 Rate = AssetCost | EnergyTariff | RateCard
 
@@ -32,6 +32,8 @@ MAX_BLOCK_ROWS = 500_000
 #: nor on how far the open hour has come; more in one read makes no slice quicker.
 PART_FRAGMENTS = 10_000
 _MINUTE_MS = 60_000
+#: Fragments and GPU minutes are deleted after 90 days, some hours before or after.
+KEPT_MS = 89 * 86_400_000
 #: Names in one bound array parameter.
 _MAX_NAMES = 5_000
 #: ClickHouse codes that are a matter of load or of being away, not of the data.
