@@ -1,6 +1,8 @@
 """The rules that every definition keeps, and that a broken one is named."""
 
+import re
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 
@@ -46,3 +48,16 @@ def test_a_broken_panel_is_refused_by_name(case: str) -> None:
     with pytest.raises(PanelError) as caught:
         replace(LIVE, panels=(*LIVE.panels, panel))
     assert text in str(caught.value)
+
+
+def test_every_state_of_the_fleet_has_a_colour_in_both_themes_and_a_name() -> None:
+    """A state without them would be shown by its key, in the grey of what nobody bears."""
+    (listed,) = re.findall(r"indexOf\(\[([^\]]*)\], state\)", next(p.sql for p in LIVE.panels if p.id == "fleet-now"))
+    states = set(re.findall(r"'(\w+)'", listed))
+    assert "unsliced" in states
+    text = files("gpuledger.dashboards").joinpath("page/static/colours.js").read_text(encoding="utf-8")
+    light, dark = (re.search(rf"^  {theme}: \{{ active.*$", text, re.MULTILINE) for theme in ("light", "dark"))
+    names = re.search(r"const LABELS = \{(.*?)\};", text, re.DOTALL)
+    for part in (light, dark, names):
+        assert part is not None
+        assert states <= set(re.findall(r"(\w+): \"", part[0]))

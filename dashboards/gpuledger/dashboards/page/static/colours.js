@@ -8,8 +8,8 @@ const PALETTES = {
 const NOBODY = { light: "#8b97a5", dark: "#6d7b8b" };
 const UNATTRIBUTED = { light: "#5f6b78", dark: "#aab5c1" };
 const STATES = {
-  light: { active: "#17805a", idle: "#d98a1c", down: "#b3261e", unobserved: "#5f6b78", pending: "#8b97a5", unconfirmed: "#a0437f", reserved_unused: "#c4571f", free: "#b4bfcb", complete: "#3f9a6f", open: "#7aa7e0", unbalanced: "#b3261e" },
-  dark: { active: "#3fb488", idle: "#eeb04e", down: "#ff7a70", unobserved: "#9aa7b5", pending: "#6d7b8b", unconfirmed: "#dd86c0", reserved_unused: "#ef8048", free: "#4b5a6b", complete: "#3fa87b", open: "#5b8fd6", unbalanced: "#ff7a70" },
+  light: { active: "#17805a", idle: "#d98a1c", down: "#b3261e", unobserved: "#5f6b78", pending: "#8b97a5", unconfirmed: "#a0437f", reserved_unused: "#c4571f", free: "#b4bfcb", unsliced: "#7c8ea3", complete: "#3f9a6f", open: "#7aa7e0", unbalanced: "#b3261e" },
+  dark: { active: "#3fb488", idle: "#eeb04e", down: "#ff7a70", unobserved: "#9aa7b5", pending: "#6d7b8b", unconfirmed: "#dd86c0", reserved_unused: "#ef8048", free: "#4b5a6b", unsliced: "#7f93aa", complete: "#3fa87b", open: "#5b8fd6", unbalanced: "#ff7a70" },
 };
 const taken = { tenant: new Map(), pool: new Map() };
 
@@ -51,7 +51,7 @@ export function stateColour(state) {
 const LABELS = {
   "(operator)": "Operator", unattributed: "Unattributed", active: "Working", idle: "Held, idle", down: "Held, down",
   unobserved: "Held, not seen", pending: "Held, not seen yet", unconfirmed: "Unconfirmed", reserved_unused: "Reserved, unused",
-  free: "Free", complete: "Complete", open: "Open", unbalanced: "Unbalanced", ok: "OK", warn: "Look", bad: "Act", unknown: "Unknown",
+  free: "Free", unsliced: "In no MIG instance", complete: "Complete", open: "Open", unbalanced: "Unbalanced", ok: "OK", warn: "Look", bad: "Act", unknown: "Unknown",
   firing: "Firing", planned: "Planned", done: "In effect", warning: "Warning", critical: "Critical", info: "Note",
 };
 
