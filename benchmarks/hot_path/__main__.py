@@ -75,6 +75,7 @@ PEERS = (
     Contender("Bytewax, per message", "peer_bytewax.py", "messages", 2.5),
     Contender("Quix Streams, per message", "peer_quix.py", "messages", 3.0),
     Contender("confluent-kafka, in batches", "peer_confluent.py", "batches", 0.9),
+    Contender("confluent-kafka, tuned", "peer_confluent.py", "tuned", 0.9),
 )
 #: The whole path as a share of our own equal work.
 _WHOLE_TARGET = 0.4

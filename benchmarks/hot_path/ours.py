@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ from gpuledger.streams.recomputer import LedgerRules
 from gpuledger.streams.sinks import Followup, TelemetrySink
 from gpuledger.streams.store import Store, is_io_error
 
+#: Messages folded together: so many fit a processor's cache, and a block of two thousand does not.
+_AT_ONCE = 64
+
 
 class FoldSink:
     """The equal work as a sink: nothing is stored, nothing follows."""
@@ -40,7 +43,9 @@ class FoldSink:
         return self.fold.messages
 
     def store(self, records: Sequence[Record]) -> Stored[None]:
-        self.fold.add([record.key or b"" for record in records], [record.value or b"" for record in records])
+        for start in range(0, len(records), _AT_ONCE):
+            part = records[start : start + _AT_ONCE]
+            self.fold.add([record.key or b"" for record in part], [record.value or b"" for record in part])
         return Stored(None)
 
     async def after(self, stored: Stored[None]) -> None:
@@ -60,12 +65,20 @@ class WholeSink:
         self._clock = Clock()
 
     def store(self, records: Sequence[Record]) -> Stored[Followup]:
+        return self.prepare(records)()
+
+    def prepare(self, records: Sequence[Record]) -> Callable[[], Stored[Followup]]:
         self._clock.begin()
-        stored = self._sink.store(records)
-        if stored.rejected:
-            raise SystemExit(f"rejected: {stored.rejected[0].reason}")
-        self._stored = len(records)
-        return stored
+        step = self._sink.prepare(records)
+
+        def rest() -> Stored[Followup]:
+            stored = step()
+            if stored.rejected:
+                raise SystemExit(f"rejected: {stored.rejected[0].reason}")
+            self._stored = len(records)
+            return stored
+
+        return rest
 
     async def after(self, stored: Stored[Followup]) -> None:
         await self._sink.after(stored)
@@ -97,7 +110,7 @@ def make_app(job: dict[str, Any], datadir: Path) -> faust.App:
     async def dead_letter(record: Record, reason: str) -> None:
         raise SystemExit(f"dead letter: {reason}")
 
-    sink: FoldSink | WholeSink = FoldSink()
+    sink: Any = FoldSink()
     if job["mode"] == "whole":
         store = Store(ClickHouse(url=job["clickhouse"], database=job["database"]))
         rules = LedgerRules(grace_ms=60_000, confirm_ms=600_000, price_interval_minutes=15)

@@ -1,4 +1,8 @@
-"""A plain confluent-kafka loop in batches: no framework, offsets committed after each batch."""
+"""A plain confluent-kafka loop in batches: no framework, offsets committed after each batch.
+
+Once as a first program would have it, and once tuned: a full queue is looked at again after 10 ms and not a second
+(librdkafka's default, under which it stands idle for two thirds of the time), and batches fit a processor's cache.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,12 @@ import sys
 from confluent_kafka import Consumer, KafkaException
 from work import Fold
 
-_BATCH = 1_000
+_BATCH, _TUNED_BATCH = 1_000, 64
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
+    tuned = job["mode"] == "tuned"
     fold = Fold()
     consumer = Consumer(
         {
@@ -20,12 +25,13 @@ def main() -> None:
             "group.id": job["group"],
             "auto.offset.reset": "earliest",
             "enable.auto.commit": False,
+            "fetch.queue.backoff.ms": 10 if tuned else 1_000,
         }
     )
     consumer.subscribe([job["topic"]])
     try:
         while fold.messages < job["messages"]:
-            batch = consumer.consume(_BATCH, timeout=0.2)
+            batch = consumer.consume(_TUNED_BATCH if tuned else _BATCH, timeout=0.2)
             for message in batch:
                 if message.error():
                     raise KafkaException(message.error())

@@ -15,7 +15,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,19 +122,21 @@ class Fuse:
 
         Store.insert = noted_insert
         Recomputer.compute = noted_compute
-        for sink in (TelemetrySink, FactsSink):
-            sink.store = self._noting(sink.store)
+        facts_store, prepare = FactsSink.store, TelemetrySink.prepare
 
-    def _noting(self, store: Any) -> Any:
-        fuse = self
+        def noted_store(self: FactsSink, records: Sequence[Record]) -> Stored[Followup]:
+            return fuse._noted(self, facts_store(self, records))
 
-        def noted_store(self: Any, records: Sequence[Record]) -> Stored[Followup]:
-            stored: Stored[Followup] = store(self, records)
-            pools = set(stored.marks.marks.merged())
-            fuse._marked.setdefault(self._topic, set()).update(pools)
-            return stored
+        def noted_prepare(self: TelemetrySink, records: Sequence[Record]) -> Callable[[], Stored[Followup]]:
+            step = prepare(self, records)
+            return lambda: fuse._noted(self, step())
 
-        return noted_store
+        FactsSink.store = noted_store
+        TelemetrySink.prepare = noted_prepare
+
+    def _noted(self, sink: Any, stored: Stored[Followup]) -> Stored[Followup]:
+        self._marked.setdefault(sink._topic, set()).update(stored.marks.marks.merged())
+        return stored
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -162,12 +164,12 @@ def _commit_first() -> None:
     """Offsets are committed before the block is stored: the order that the design forbids."""
     take_through = _intake._Intake._take_through
 
-    async def wrong(self: Any, records: Sequence[Record]) -> None:
+    async def wrong(self: Any, *block: Any) -> None:
         self._acknowledge()
         while await self._consumer.maybe_wait_for_commit_to_finish():
             pass  # that one began before ours was acknowledged, and Faust would take it for ours
         await self._consumer.commit()
-        await take_through(self, records)
+        await take_through(self, *block)
 
     _intake._Intake._take_through = wrong
 

@@ -10,7 +10,7 @@ import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,11 @@ from gpuledger.streams.exceptions import DataError
 from gpuledger.streams.intake import IntakeLimits, IntakeStats, Rejected, Stored, intake
 
 
-class SqliteSink:
+class PlainSqliteSink:
     """Rows keyed by (partition, offset), so that a redelivered record replaces itself; `seen` counts deliveries."""
+
+    #: Blocks that were prepared while another was being stored.
+    ahead = 0
 
     def __init__(self, config: dict[str, Any], marks: Any) -> None:
         self.config = config
@@ -33,14 +36,16 @@ class SqliteSink:
         self.database.execute("pragma journal_mode = wal")
         self.database.execute("create table if not exists rows (p int, o int, value blob, primary key (p, o))")
         self.database.execute("create table if not exists seen (p int, o int, worker text)")
+        self.storing = False
 
     def store(self, records: Sequence[Record]) -> Stored[dict[int, int]]:
-        if Path(self.config["outage"]).exists():
-            raise ConnectionError("the store is away")
-        if self.config.get("store_hangs"):
-            Path(self.config["ready"]).touch()
-            time.sleep(3600)
-        time.sleep(self.config.get("store_ms", 0) / 1000)
+        self.storing = True
+        try:
+            return self._store(records, self._kept(records))
+        finally:
+            self.storing = False
+
+    def _kept(self, records: Sequence[Record]) -> list[Record]:
         keep = [record for record in records if not (record.value or b"").startswith(b"reject")]
         for record in keep:
             if (record.value or b"").startswith(b"poison"):
@@ -49,6 +54,15 @@ class SqliteSink:
                 raise DataError("bad by name")
             if self.config.get("broken"):
                 raise AttributeError("our own mistake")
+        return keep
+
+    def _store(self, records: Sequence[Record], keep: Sequence[Record]) -> Stored[dict[int, int]]:
+        if Path(self.config["outage"]).exists():
+            raise ConnectionError("the store is away")
+        if self.config.get("store_hangs"):
+            Path(self.config["ready"]).touch()
+            time.sleep(3600)
+        time.sleep(self.config.get("store_ms", 0) / 1000)
         with self.database:
             self.database.executemany(
                 "insert or replace into rows values (?, ?, ?)", [(r.partition, r.offset, r.value) for r in keep]
@@ -63,6 +77,23 @@ class SqliteSink:
         for partition, offset in stored.marks.items():
             sent = await self.marks.send(key=str(partition).encode(), value=str(offset).encode())
             await sent
+
+
+class SqliteSink(PlainSqliteSink):
+    """The same in two steps: records are looked at ahead, which is where bad ones are found."""
+
+    def prepare(self, records: Sequence[Record]) -> Callable[[], Stored[dict[int, int]]]:
+        self.ahead += self.storing
+        keep = self._kept(records)
+
+        def step() -> Stored[dict[int, int]]:
+            self.storing = True
+            try:
+                return self._store(records, keep)
+            finally:
+                self.storing = False
+
+        return step
 
 
 class ForgetfulConsumer(BlockConsumer):
@@ -111,12 +142,13 @@ def make_app(config: dict[str, Any]) -> faust.App:
 
     @app.agent(source)
     async def consume(stream: Any) -> None:
-        sink = SqliteSink(config, marks)
+        sink = (PlainSqliteSink if config.get("plain") else SqliteSink)(config, marks)
         limits = IntakeLimits(**({"linger_ms": 20, "backoff_first_ms": 20, "backoff_max_ms": 500} | config["limits"]))
         try:
             await intake(stream, sink=sink, dead_letter=dead_letter, limits=limits, stats=stats, barrier=barrier)
         finally:
             report = asdict(stats) | {
+                "ahead": sink.ahead,
                 "last_offset": {p: o for (_, p), o in stats.last_offset.items()},
                 "held_bytes": stream.app.consumer.held_bytes(config["topic"]),
             }

@@ -87,8 +87,7 @@ def rows(*messages: Message) -> list[dict[str, Any]]:
     found = fold(*messages)
     table = found.table.set_column(0, "minute", found.table.column("minute").cast(pa.int64()))
     listed = table.to_pylist()
-    assert [row["gpu"] for row in listed] == found.gpus
-    assert [row["minute"] for row in listed] == found.minutes_ms.tolist()
+    assert {(row["minute"], row["gpu"]) for row in listed} == {(m, gpu) for m in found.seen for gpu in found.seen[m]}
     return [{**row, "minute": row["minute"] - M} for row in listed]
 
 

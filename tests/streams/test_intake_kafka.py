@@ -78,7 +78,22 @@ def test_an_outage_of_the_store_is_waited_for(kafka: str, tmp_path: Path) -> Non
         assert worker.stats()["retries"] >= 4
 
 
-def test_bad_records_are_dead_lettered_and_their_neighbours_stored(kafka: str, tmp_path: Path) -> None:
+def test_a_block_is_prepared_while_the_one_before_is_stored(kafka: str, tmp_path: Path) -> None:
+    """One block ahead and no more: each is stored, marked and acknowledged in its turn."""
+    with bench(kafka, tmp_path, partitions=1) as made:
+        made.send(made.numbered(1_000))
+        worker = made.start(store_ms=100, faust=SMALL_BLOCKS, limits={"max_records": 100})
+        all_committed(made, 1_000)
+        assert worker.stop()[0] == 0
+        seen = [o for (o,) in made.query("select o from seen order by rowid")]
+        assert seen == list(range(1_000))
+        assert marked_up_to(made) == {0: 999}
+        stats = worker.stats()
+        assert 3 <= stats["ahead"] < stats["blocks"]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["prepared", "plain"])
+def test_bad_records_are_dead_lettered_and_their_neighbours_stored(kafka: str, tmp_path: Path, plain: bool) -> None:
     with bench(kafka, tmp_path, partitions=2) as made:
         values = made.numbered(400)
         values[0][17] = b"poison pill"
@@ -86,7 +101,7 @@ def test_bad_records_are_dead_lettered_and_their_neighbours_stored(kafka: str, t
         values[1][0] = b"reject me"
         values[1][200] = b"poison again"
         made.send(values)
-        worker = made.start()
+        worker = made.start(plain=plain)
         all_committed(made, 400)
 
         assert worker.stop()[0] == 0

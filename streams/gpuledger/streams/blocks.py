@@ -177,7 +177,7 @@ class BlockConsumer(AIOKafkaConsumer):
     """
 
     #: Beyond these a partition is not fetched until its agent has caught up. The agent needs room for one merged
-    #: block in flight and one being gathered; every partition may always have one block outstanding.
+    #: block in flight, one prepared and one begun; every partition may always have one block outstanding.
     topic_held_bytes: ClassVar[int] = 80 * 1024 * 1024
     partition_held_blocks: ClassVar[int] = 16
 

@@ -30,14 +30,11 @@ _UNKNOWN = -1
 
 @dataclass(frozen=True, slots=True)
 class Fragments:
-    """`table` has the columns of the ClickHouse table `fragments`; the arrays say what the rows touch.
-
-    `gpus`, `minutes_ms`: one entry per row, for looking up the pools to mark.
-    """
+    """`table` has the columns of the ClickHouse table `fragments`; `seen` are the GPUs by minute (UTC milliseconds)
+    that its rows are of, for looking up the pools to mark."""
 
     table: pa.Table
-    gpus: list[str]
-    minutes_ms: Ints
+    seen: dict[int, set[str]]
 
 
 @dataclass(slots=True)
@@ -235,5 +232,7 @@ def fragments(block: TelemetryBlock) -> Fragments | None:
         **_gauges(block, order, pieces, groups),
         "appended_at": pa.array(block.appended_ms[of_header]).cast(timestamp),
     }
-    gpus = [devices[n].gpu for n in of_device.tolist()]
-    return Fragments(table=pa.table(columns), gpus=gpus, minutes_ms=minutes_ms)
+    seen: dict[int, set[str]] = {}
+    for device, at_ms in zip(of_device.tolist(), minutes_ms.tolist(), strict=True):
+        seen.setdefault(at_ms, set()).add(devices[device].gpu)
+    return Fragments(table=pa.table(columns), seen=seen)

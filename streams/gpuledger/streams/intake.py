@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar, cast, runtime_checkable
 
 from gpuledger.streams.blocking import BlockingThread
 from gpuledger.streams.blocks import BlockConsumer, Record, RecordBlock
@@ -26,6 +26,7 @@ __all__ = [
     "DeadLetter",
     "IntakeLimits",
     "IntakeStats",
+    "PreparingSink",
     "Rejected",
     "Sink",
     "Stored",
@@ -78,6 +79,18 @@ class Sink(Protocol[M]):
 
     async def after(self, stored: Stored[M]) -> None:
         """Send what follows from the stored rows (dirty marks) and return when the broker has acknowledged it."""
+        ...
+
+
+@runtime_checkable
+class PreparingSink(Sink[M], Protocol[M]):
+    """A sink with work to do before it needs the database: of the next block, while the database has this one."""
+
+    def prepare(self, records: Sequence[Record]) -> Callable[[], Stored[M]]:
+        """Does what needs nothing but the records, and returns the rest of `store`, which may be called again.
+
+        Runs in a thread of its own, one call at a time.
+        """
         ...
 
 
@@ -141,7 +154,8 @@ async def intake(
 ) -> None:
     """Consume the stream of a Faust agent on a block topic until the worker stops.
 
-    Blocks are merged across partitions by size or time; one merged block is in flight while the next is gathered.
+    Blocks are merged across partitions by size or time; one merged block is in flight while the next is gathered and
+    prepared.
     Errors of `is_io_error` are retried for ever with growing pauses, any other error of `store` is searched down to
     the records that cause it; `after` and `dead_letter` are retried whatever they raise. On shutdown the block in
     flight is finished within `limits.drain_ms`, the rest is left for the next worker.
@@ -173,8 +187,21 @@ class _Pending(NamedTuple):
     arrived_s: float
 
 
+class _Merged(NamedTuple, Generic[M]):
+    """Blocks to be taken through together. `step` stores them; None where preparing failed, or nothing was prepared."""
+
+    blocks: list[_Pending]
+    records: list[Record]
+    step: Callable[[], Stored[M]] | None
+
+    @classmethod
+    def of(cls, blocks: list[_Pending]) -> _Merged[M]:
+        return cls(blocks, [record for block in blocks for record in block.records], None)
+
+
 class _Intake(Generic[M]):
-    """One running agent: a reader that gathers blocks, and a flusher that takes merged blocks through the order."""
+    """One running agent: a reader that gathers blocks, a preparer that merges them and works one ahead, and a flusher
+    that takes merged blocks through the order."""
 
     def __init__(
         self,
@@ -198,21 +225,27 @@ class _Intake(Generic[M]):
         self._pending_bytes = 0
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
+        self._ahead = asyncio.Semaphore(1)
+        self._prepared: asyncio.Queue[_Merged[M]] = asyncio.Queue()
         self._merged: list[_Pending] = []
         self._stored_ms = 0.0
         self._stopping = asyncio.Event()
         self._thread = BlockingThread(f"store-{type(sink).__name__}")
+        self._prepares = BlockingThread(f"prepare-{type(sink).__name__}")
 
     async def run(self, stream: Any) -> None:
         reader = asyncio.create_task(self._read(stream))
+        preparer = asyncio.create_task(self._prepare())
         flusher = asyncio.create_task(self._flush())
         try:
-            done, _ = await asyncio.wait({reader, flusher}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({reader, preparer, flusher}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
             reader.cancel()
+            preparer.cancel()
             await self._drain(flusher)
+            self._prepares.close()
             self._thread.close()
 
     # -- gathering
@@ -261,19 +294,45 @@ class _Intake(Generic[M]):
         self._stats.dropped += sum(len(block.records) for block in blocks) - sum(len(block.records) for block in held)
         return held
 
+    # -- one ahead
+
+    async def _prepare(self) -> NoReturn:
+        while True:
+            await self._ahead.acquire()
+            merged = _Merged[M].of(await self._gathered())
+            try:
+                merged = merged._replace(step=await self._step(merged.records))
+            except Exception:
+                # It is met again when it is the block's turn, and there it is known what to do about it.
+                _log.debug("a block could not be prepared", exc_info=True)
+            self._prepared.put_nowait(merged)
+
+    async def _step(self, records: Sequence[Record]) -> Callable[[], Stored[M]]:
+        """What stores the records, prepared as far as the sink can."""
+        sink = self._sink
+        if isinstance(sink, PreparingSink):
+            return await self._prepares.call(lambda: sink.prepare(records))
+        return lambda: sink.store(records)
+
+    async def _next(self) -> _Merged[M]:
+        """What was prepared, without the blocks whose partitions have gone meanwhile."""
+        merged = await self._prepared.get()
+        self._ahead.release()
+        held = self._still_held(merged.blocks)
+        return merged if len(held) == len(merged.blocks) else _Merged[M].of(held)
+
     # -- the order: store, marks, dead letters, acknowledgement
 
     async def _flush(self) -> None:
         while not self._stopping.is_set():
-            self._merged = await self._gathered()
+            self._merged, records, step = await self._next()
             if not self._merged:
                 continue
-            records = [record for block in self._merged for record in block.records]
             began_s = time.monotonic()
             self._stats.blocks += 1
             self._stats.in_flight_records = len(records)
             try:
-                await self._take_through(records)
+                await self._take_through(records, step)
             except _Abandoned:
                 self._stats.dropped += len(records)
                 _log.info("left a block of %d records to the next owner of its partitions", len(records))
@@ -281,8 +340,8 @@ class _Intake(Generic[M]):
             self._stats.in_flight_records = 0
             self._merged = []
 
-    async def _take_through(self, records: Sequence[Record]) -> None:
-        stored, rejected = await self._store(records)
+    async def _take_through(self, records: Sequence[Record], step: Callable[[], Stored[M]] | None) -> None:
+        stored, rejected = await self._store(records, step)
         await self._barrier("stored")
         for piece in stored:
             await self._persist("marks", lambda piece=piece: self._sink.after(piece))
@@ -310,30 +369,34 @@ class _Intake(Generic[M]):
             last = block.records[-1]
             self._stats.last_offset[last.topic, last.partition] = last.offset
 
-    async def _store(self, records: Sequence[Record]) -> tuple[list[Stored[M]], list[Rejected]]:
+    async def _store(
+        self, records: Sequence[Record], step: Callable[[], Stored[M]] | None
+    ) -> tuple[list[Stored[M]], list[Rejected]]:
         attempt = 0
         while True:
             try:
-                return await self._store_bisecting(records)
+                return await self._store_bisecting(records, step)
             except _Systemic as exc:
                 await self._pause("store", attempt, cast(Exception, exc.__cause__))
                 attempt += 1
 
-    async def _store_bisecting(self, records: Sequence[Record]) -> tuple[list[Stored[M]], list[Rejected]]:
+    async def _store_bisecting(
+        self, records: Sequence[Record], step: Callable[[], Stored[M]] | None
+    ) -> tuple[list[Stored[M]], list[Rejected]]:
         """Store everything but the records that cannot be stored, halving what fails until single ones are left."""
         stored: list[Stored[M]] = []
         rejected: list[Rejected] = []
-        parts = [records]
+        parts = [(records, step)]
         while parts:
-            part = parts.pop()
+            part, step = parts.pop()
             try:
-                piece = await self._store_retrying(part)
+                piece = await self._store_retrying(step or await self._step(part))
             except _Abandoned:
                 raise
             except Exception as exc:
                 if len(part) > 1:
                     middle = len(part) // 2
-                    parts += [part[middle:], part[:middle]]  # the earlier half comes off first
+                    parts += [(part[middle:], None), (part[:middle], None)]  # the earlier half comes off first
                     continue
                 rejected.append(Rejected(part[0], _reason(exc)))
                 if not (stored or isinstance(exc, DataError)) and len(rejected) >= self._limits.systemic_after:
@@ -343,12 +406,12 @@ class _Intake(Generic[M]):
                 rejected.extend(piece.rejected)
         return stored, rejected
 
-    async def _store_retrying(self, records: Sequence[Record]) -> Stored[M]:
+    async def _store_retrying(self, step: Callable[[], Stored[M]]) -> Stored[M]:
         attempt = 0
         while True:
             started_ns = time.monotonic_ns()
             try:
-                return await self._thread.call(lambda: self._sink.store(records))
+                return await self._thread.call(step)
             except Exception as exc:
                 if not self._is_io_error(exc):
                     raise

@@ -33,7 +33,7 @@ from gpuledger.streams.blocking import BlockingThread
 from gpuledger.streams.blocks import Record
 from gpuledger.streams.decode import TelemetryBlock, decode_block
 from gpuledger.streams.facts import StoredFact, decode_facts, documents, fact_rows, rank_of, touched
-from gpuledger.streams.fragments import fragments
+from gpuledger.streams.fragments import Fragments, fragments
 from gpuledger.streams.holders import UNPLACED_POOL
 from gpuledger.streams.intake import Rejected, Stored
 from gpuledger.streams.letters import decode_letter
@@ -145,25 +145,38 @@ class TelemetrySink(_MarkingSink):
 
     def store(self, records: Sequence[Record]) -> Stored[Followup]:
         """Stores every message of the block that can be read; the others are rejected with their reasons."""
+        return self.prepare(records)()
+
+    def prepare(self, records: Sequence[Record]) -> Callable[[], Stored[Followup]]:
+        """The block decoded and folded: more than half of the work, and none of it for the database."""
         messages = [record for record in records if record.unreadable is None and not _is_tick(record)]
         block = decode_block(messages, self._ahead_ms)
-        marks = Marks()
         found = fragments(block)
+        named = _named(block)
+        progress = _progress(records, self._topic)
+        rejected = [*_unread(records), *(Rejected(messages[n], reason) for n, reason in block.rejected)]
+        return lambda: Stored(self._stored(block, found, named, progress), rejected)
+
+    def _stored(
+        self,
+        block: TelemetryBlock,
+        found: Fragments | None,
+        named: Mapping[tuple[str, int], int],
+        progress: pa.Table,
+    ) -> Followup:
+        """The rows first, and then what they mark."""
+        marks = Marks()
         if found is not None:
             self._store.insert_by_day("fragments", found.table, "minute")
-        named = _named(block)
         self._store_headers(block, named)
         if found is not None:
-            seen = set(zip(found.gpus, found.minutes_ms.tolist(), strict=True))
-            pools = self._pools.of(found.gpus)
-            for pool, minute in {(pool, minute) for gpu, minute in seen for pool in pools[gpu]}:
-                marks.add(pool, minute, minute + MINUTE_MS, "telemetry")
+            pools = self._pools.of(set[str]().union(*found.seen.values()))
+            for minute, gpus in found.seen.items():
+                for pool in set[str]().union(*map(pools.__getitem__, gpus)):
+                    marks.add(pool, minute, minute + MINUTE_MS, "telemetry")
         boots = self._mark_boots(block, marks)
         latest = self._mark_confirmations(block, named, marks)
-        return Stored(
-            Followup(marks, _progress(records, self._topic), boots=boots, named=latest),
-            [*_unread(records), *(Rejected(messages[n], reason) for n, reason in block.rejected)],
-        )
+        return Followup(marks, progress, boots=boots, named=latest)
 
     async def after(self, stored: Stored[Followup]) -> None:
         """As for every sink; what has been marked is remembered only now. A block that was left to another worker
@@ -254,7 +267,7 @@ class TelemetrySink(_MarkingSink):
         for ids in _chunks(changed):
             sql = "SELECT id, gpu, start_ms FROM allocations FINAL WHERE id IN {ids:Array(String)} AND end_ms IS NULL"
             rows = self._store.rows(sql, {"ids": ids})
-            pools = self._store.pools_of(gpu for _, gpu, _ in rows)
+            pools = self._pools.of({gpu for _, gpu, _ in rows})
             for allocation, gpu, start_ms in rows:
                 start = max(before.get(allocation, 0), start_ms) + self._confirm_ms
                 for pool in pools.get(gpu, ()):
