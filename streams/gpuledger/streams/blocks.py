@@ -177,9 +177,10 @@ class BlockConsumer(AIOKafkaConsumer):
     """
 
     #: Beyond these a partition is not fetched until its agent has caught up. The agent needs room for one merged
-    #: block in flight, one prepared and one begun; every partition may always have one block outstanding.
+    #: block in flight, one prepared and one begun; every partition may always have one block outstanding. Bytes are
+    #: the bound that counts: at 16 blocks, fetches of some tens of records each stood still four fifths of the time.
     topic_held_bytes: ClassVar[int] = 80 * 1024 * 1024
-    partition_held_blocks: ClassVar[int] = 16
+    partition_held_blocks: ClassVar[int] = 128
 
     #: How long a fetch for the other partitions may last while one is held back and may be let go meanwhile.
     held_poll_s: ClassVar[float] = 0.1
