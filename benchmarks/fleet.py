@@ -49,10 +49,12 @@ _SERVICES = ("worker", "clickhouse", "kafka")
 _BEHIND = "SELECT dateDiff('millisecond', min(appended_at), now64(3, 'UTC')) FROM v_progress WHERE topic = 'telemetry'"
 _FACTS = "SELECT (SELECT uniqExact(gpu) FROM placements), (SELECT uniqExact(gpu) FROM allocations)"
 _LEDGER = """
-    SELECT minute, sum(gpu_us), sumIf(gpu_us, activity IN ('active', 'idle')), min(complete) FROM v_ledger_minute
+    SELECT minute, sum(gpu_us), sumIf(gpu_us, kind = 'held'),
+        sumIf(gpu_us, kind = 'held' AND activity IN ('active', 'idle')), min(complete)
+    FROM v_ledger_minute
     WHERE minute >= fromUnixTimestamp64Milli({since:Int64}, 'UTC')
         AND minute < fromUnixTimestamp64Milli({until:Int64}, 'UTC')
-        AND kind IN ('held', 'unconfirmed', 'unallocated', 'unsliced')
+        AND kind IN ('held', 'unconfirmed', 'reserved_unused', 'free', 'unsliced')
     GROUP BY minute ORDER BY minute"""
 
 
@@ -348,13 +350,17 @@ def verdict(samples: Sequence[Sample], ledger_wrong: Sequence[str]) -> dict[str,
     return told
 
 
-def _ledger_wrong(up: Installation, gpus: int, since_ms: int, until_ms: int) -> list[str]:
-    """Minutes whose rows do not have every GPU for 60 s, or where less than 99 % was observed."""
+def _ledger_wrong(up: Installation, gpus: int, held: int, since_ms: int, until_ms: int) -> list[str]:
+    """Minutes whose rows do not have every GPU for 60 s, and every allocated one held, 99 % of it observed."""
     wrong: list[str] = []
     rows = up.rows(_LEDGER, since=since_ms, until=until_ms)
-    for minute, total_us, observed_us, complete in rows:
-        if int(total_us) != gpus * 60_000_000 or int(observed_us) < 0.99 * int(total_us) or not complete:
-            wrong.append(f"{minute:%H:%M}: {total_us} us of {gpus * 60_000_000}, {observed_us} observed ({complete=})")
+    for minute, total_us, held_us, observed_us, complete in rows:
+        exact = (int(total_us), int(held_us)) == (gpus * 60_000_000, held * 60_000_000)
+        if not exact or int(observed_us) < 0.99 * int(held_us) or not complete:
+            wrong.append(
+                f"{minute:%H:%M}: {total_us} us of {gpus * 60_000_000}, {held_us} held of {held * 60_000_000}, "
+                f"{observed_us} observed ({complete=})"
+            )
     if len(rows) != (until_ms - since_ms) // 60_000:
         wrong.append(f"{len(rows)} minutes of {(until_ms - since_ms) // 60_000} have rows")
     return wrong
@@ -401,7 +407,7 @@ async def measure(up: Installation, arguments: argparse.Namespace, scenario: Sce
     until_ms = (_now_ms() - _COMPLETE_WITHIN_S * 1000) // 60_000 * 60_000
     wrong = ["no minute is old enough to be looked at: measure for longer"]
     if until_ms > since_ms:
-        wrong = _ledger_wrong(up, arguments.gpus, since_ms, until_ms)
+        wrong = _ledger_wrong(up, arguments.gpus, held, since_ms, until_ms)
     told = verdict(looks.samples, wrong)
     last = _third(looks.samples, 2)
     names = (*_SERVICES, "sender")
