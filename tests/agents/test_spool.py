@@ -421,6 +421,33 @@ def test_a_full_disk_falls_back_to_memory_still_drains_and_comes_back(tmp_path: 
     assert lines[2] == "back on disk"
 
 
+_FULL_DISK_AT_THE_ACKNOWLEDGEMENT = """
+import resource, sys
+from pathlib import Path
+from gpuledger.agents.messages import Message
+from gpuledger.agents.spool import Spool
+spool = Spool(Path(sys.argv[1]), 10**9, 10**9, 0)
+build = lambda seq, gaps: Message("telemetry", "n", b"%d;" % seq)
+for _ in range(4):
+    spool.seal_batch("run", 0, 1, 0, build)
+taken = spool.take(100, 10**9)
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+spool.acknowledge([one.number for one in taken])
+print("full", spool.stats().messages, len(spool.take(100, 10**9)), spool.stats().messages)
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+print("free", len(spool.take(100, 10**9)), spool.stats().messages, spool.stats().bytes)
+"""
+
+
+def test_what_a_full_disk_kept_although_it_was_sent_goes_when_there_is_room(tmp_path: Path) -> None:
+    """Or it would count as waiting, and fill the spool's bound, until the next start."""
+    code = [sys.executable, "-c", _FULL_DISK_AT_THE_ACKNOWLEDGEMENT, str(tmp_path)]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["full 4 0 4", "free 0 0 0"]
+
+
 def test_damage_while_running_begins_a_new_file_and_a_new_run(tmp_path: Path) -> None:
     spool = _spool(tmp_path)
     for n in range(20):

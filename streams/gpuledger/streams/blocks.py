@@ -453,6 +453,9 @@ def faust_settings(
         "broker_session_timeout": session_timeout_s,
         "broker_heartbeat_interval": max(1, session_timeout_s // 3),
         "broker_commit_interval": 1,
+        # A broker that has just come back may say that our topics have no partitions, and a group that formed on that
+        # word stands idle until it asks again: by default five minutes.
+        "consumer_metadata_max_age_ms": 10_000,
         "topic_allow_declare": False,  # topics are made once, with their settings, by whoever owns them
         "topic_disable_leader": True,
         "reply_create_topic": False,
