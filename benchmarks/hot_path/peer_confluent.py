@@ -1,7 +1,7 @@
 """A plain confluent-kafka loop in batches: no framework, offsets committed after each batch.
 
 Once as a first program would have it, and once tuned: a full queue is looked at again after 10 ms and not a second
-(librdkafka's default, under which it stands idle for two thirds of the time), and batches fit a processor's cache.
+(librdkafka's default, under which it stands idle most of the time), and batches fit a processor's cache.
 """
 
 from __future__ import annotations

@@ -39,11 +39,7 @@ class PlainSqliteSink:
         self.storing = False
 
     def store(self, records: Sequence[Record]) -> Stored[dict[int, int]]:
-        self.storing = True
-        try:
-            return self._store(records, self._kept(records))
-        finally:
-            self.storing = False
+        return self._store(records, self._kept(records))
 
     def _kept(self, records: Sequence[Record]) -> list[Record]:
         keep = [record for record in records if not (record.value or b"").startswith(b"reject")]
@@ -57,6 +53,13 @@ class PlainSqliteSink:
         return keep
 
     def _store(self, records: Sequence[Record], keep: Sequence[Record]) -> Stored[dict[int, int]]:
+        self.storing = True
+        try:
+            return self._write(records, keep)
+        finally:
+            self.storing = False
+
+    def _write(self, records: Sequence[Record], keep: Sequence[Record]) -> Stored[dict[int, int]]:
         if Path(self.config["outage"]).exists():
             raise ConnectionError("the store is away")
         if self.config.get("store_hangs"):
@@ -85,15 +88,7 @@ class SqliteSink(PlainSqliteSink):
     def prepare(self, records: Sequence[Record]) -> Callable[[], Stored[dict[int, int]]]:
         self.ahead += self.storing
         keep = self._kept(records)
-
-        def step() -> Stored[dict[int, int]]:
-            self.storing = True
-            try:
-                return self._store(records, keep)
-            finally:
-                self.storing = False
-
-        return step
+        return lambda: self._store(records, keep)
 
 
 class ForgetfulConsumer(BlockConsumer):

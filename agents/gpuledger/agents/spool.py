@@ -48,8 +48,8 @@ class Spool:
         self._memory: SpoolStore | None = None
         self._taken: set[int] = set()
         self._in_doubt: set[int] = set()
-        #: The broker has them, and the disk has not let them go; they stay taken meanwhile.
-        self._undeleted: set[int] = set()
+        #: The broker has them, and they are not deleted yet.
+        self._sent: set[int] = set()
         self._retry_ms = 0
         self._say_dropped_ms = 0
         self._dropping = False
@@ -178,7 +178,7 @@ class Spool:
             self._disk = None
             self._taken = {number for number in self._taken if number & 1}
             self._in_doubt = {number for number in self._in_doubt if number & 1}
-            self._undeleted = set()
+            self._sent = {number for number in self._sent if number & 1}
             try:
                 self._set_aside(error, now_ms)
                 self._disk = SpoolStore(self._path)
@@ -213,7 +213,7 @@ class Spool:
     def take(self, max_messages: int, max_bytes: int) -> list[SpooledMessage]:
         """The oldest messages not taken yet, those on disk before those in memory."""
         with self._lock:
-            self._delete_sent()
+            self._delete_sent(logging.DEBUG)
             for store, odd in ((self._disk, 0), (self._memory, 1)):
                 if store is None:
                     continue
@@ -232,32 +232,22 @@ class Spool:
     def acknowledge(self, numbers: Sequence[int]) -> None:
         """Deletes what the broker has. Where the disk refuses, that is tried again with every `take`."""
         with self._lock:
-            for store, odd in ((self._disk, 0), (self._memory, 1)):
-                mine = [number for number in numbers if number & 1 == odd]
-                if store is None or not mine:
-                    continue
-                try:
-                    store.delete([number >> 1 for number in mine])
-                except sqlite3.Error as error:
-                    # Still taken, so not sent again by this process; after a restart it is, and replaces itself.
-                    log.warning("%d sent messages stay in the spool for now: %s", len(mine), error)
-                    self._undeleted.update(mine)
-                else:
-                    self._taken.difference_update(mine)
-                    self._in_doubt.difference_update(mine)
+            self._sent.update(numbers)
+            self._delete_sent(logging.WARNING)
 
-    def _delete_sent(self) -> None:
-        """What the disk did not let go when the broker acknowledged it: its bytes would count until the next start."""
-        if not self._undeleted or self._disk is None:
-            return
-        try:
-            self._disk.delete([number >> 1 for number in self._undeleted])
-        except sqlite3.Error:
-            return
-        log.info("%d sent messages have left the spool after all", len(self._undeleted))
-        self._taken -= self._undeleted
-        self._in_doubt -= self._undeleted
-        self._undeleted = set()
+    def _delete_sent(self, level: int) -> None:
+        for store, odd in ((self._disk, 0), (self._memory, 1)):
+            mine = {number for number in self._sent if number & 1 == odd}
+            if store is None or not mine:
+                continue
+            try:
+                store.delete([number >> 1 for number in mine])
+            except sqlite3.Error as error:
+                # Still taken, so not sent again by this process; after a restart it is, and replaces itself.
+                log.log(level, "%d sent messages stay in the spool for now: %s", len(mine), error)
+                continue
+            for known in (self._sent, self._taken, self._in_doubt):
+                known -= mine
 
     def give_back(self, numbers: Sequence[int]) -> None:
         """They will be taken again. The broker may have them all the same: its answer may be what got lost."""

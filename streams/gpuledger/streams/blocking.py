@@ -20,11 +20,14 @@ R = TypeVar("R")
 
 
 class BlockingThread:
-    """Runs calls in the order they come; a call that hangs holds up later ones, but never the end of the process."""
+    """Runs calls in the order they come; a call that hangs holds up later ones, but never the end of the process.
+
+    The thread begins with the first call.
+    """
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     async def call(self, function: Callable[[], R]) -> R:
         """The result of `function()`, or what it raised. Cancelling the wait does not stop the call."""
@@ -53,6 +56,8 @@ class BlockingThread:
                 _log.info("a blocking call ended after its event loop had closed")
 
         self._calls.put(work)
+        if self._thread.ident is None:
+            self._thread.start()
         return await answer
 
     def close(self) -> None:

@@ -178,7 +178,7 @@ class BlockConsumer(AIOKafkaConsumer):
 
     #: Beyond these a partition is not fetched until its agent has caught up. The agent needs room for one merged
     #: block in flight, one prepared and one begun; every partition may always have one block outstanding. Bytes are
-    #: the bound that counts: at 16 blocks, fetches of some tens of records each stood still four fifths of the time.
+    #: the bound that counts: at 16 blocks, fetches of some tens of records each stood still two thirds of the time.
     topic_held_bytes: ClassVar[int] = 80 * 1024 * 1024
     partition_held_blocks: ClassVar[int] = 128
 

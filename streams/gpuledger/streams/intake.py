@@ -29,6 +29,7 @@ __all__ = [
     "PreparingSink",
     "Rejected",
     "Sink",
+    "Step",
     "Stored",
     "intake",
     "is_connection_error",
@@ -66,6 +67,10 @@ class Stored(Generic[M]):
     rejected: Sequence[Rejected] = ()
 
 
+#: Stores the records it was made for; may be called again.
+Step = Callable[[], Stored[M]]
+
+
 class Sink(Protocol[M]):
     """Where the records of an agent go."""
 
@@ -86,8 +91,8 @@ class Sink(Protocol[M]):
 class PreparingSink(Sink[M], Protocol[M]):
     """A sink with work to do before it needs the database: of the next block, while the database has this one."""
 
-    def prepare(self, records: Sequence[Record]) -> Callable[[], Stored[M]]:
-        """Does what needs nothing but the records, and returns the rest of `store`, which may be called again.
+    def prepare(self, records: Sequence[Record]) -> Step[M]:
+        """Does what needs nothing but the records, and returns the rest of `store`.
 
         Runs in a thread of its own, one call at a time.
         """
@@ -188,11 +193,11 @@ class _Pending(NamedTuple):
 
 
 class _Merged(NamedTuple, Generic[M]):
-    """Blocks to be taken through together. `step` stores them; None where preparing failed, or nothing was prepared."""
+    """Blocks to be taken through together. `step` is None where it has to be made when it is their turn."""
 
     blocks: list[_Pending]
     records: list[Record]
-    step: Callable[[], Stored[M]] | None
+    step: Step[M] | None
 
     @classmethod
     def of(cls, blocks: list[_Pending]) -> _Merged[M]:
@@ -299,7 +304,9 @@ class _Intake(Generic[M]):
     async def _prepare(self) -> NoReturn:
         while True:
             await self._ahead.acquire()
-            merged = _Merged[M].of(await self._gathered())
+            while not (blocks := await self._gathered()):
+                pass  # all that was gathered has gone to other workers
+            merged = _Merged[M].of(blocks)
             try:
                 merged = merged._replace(step=await self._step(merged.records))
             except Exception:
@@ -307,7 +314,7 @@ class _Intake(Generic[M]):
                 _log.debug("a block could not be prepared", exc_info=True)
             self._prepared.put_nowait(merged)
 
-    async def _step(self, records: Sequence[Record]) -> Callable[[], Stored[M]]:
+    async def _step(self, records: Sequence[Record]) -> Step[M]:
         """What stores the records, prepared as far as the sink can."""
         sink = self._sink
         if isinstance(sink, PreparingSink):
@@ -340,7 +347,7 @@ class _Intake(Generic[M]):
             self._stats.in_flight_records = 0
             self._merged = []
 
-    async def _take_through(self, records: Sequence[Record], step: Callable[[], Stored[M]] | None) -> None:
+    async def _take_through(self, records: Sequence[Record], step: Step[M] | None) -> None:
         stored, rejected = await self._store(records, step)
         await self._barrier("stored")
         for piece in stored:
@@ -369,9 +376,7 @@ class _Intake(Generic[M]):
             last = block.records[-1]
             self._stats.last_offset[last.topic, last.partition] = last.offset
 
-    async def _store(
-        self, records: Sequence[Record], step: Callable[[], Stored[M]] | None
-    ) -> tuple[list[Stored[M]], list[Rejected]]:
+    async def _store(self, records: Sequence[Record], step: Step[M] | None) -> tuple[list[Stored[M]], list[Rejected]]:
         attempt = 0
         while True:
             try:
@@ -381,7 +386,7 @@ class _Intake(Generic[M]):
                 attempt += 1
 
     async def _store_bisecting(
-        self, records: Sequence[Record], step: Callable[[], Stored[M]] | None
+        self, records: Sequence[Record], step: Step[M] | None
     ) -> tuple[list[Stored[M]], list[Rejected]]:
         """Store everything but the records that cannot be stored, halving what fails until single ones are left."""
         stored: list[Stored[M]] = []
@@ -406,7 +411,7 @@ class _Intake(Generic[M]):
                 rejected.extend(piece.rejected)
         return stored, rejected
 
-    async def _store_retrying(self, step: Callable[[], Stored[M]]) -> Stored[M]:
+    async def _store_retrying(self, step: Step[M]) -> Stored[M]:
         attempt = 0
         while True:
             started_ns = time.monotonic_ns()

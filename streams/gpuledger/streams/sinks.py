@@ -35,7 +35,7 @@ from gpuledger.streams.decode import TelemetryBlock, decode_block
 from gpuledger.streams.facts import StoredFact, decode_facts, documents, fact_rows, rank_of, touched
 from gpuledger.streams.fragments import Fragments, fragments
 from gpuledger.streams.holders import UNPLACED_POOL
-from gpuledger.streams.intake import Rejected, Stored
+from gpuledger.streams.intake import Rejected, Step, Stored
 from gpuledger.streams.letters import decode_letter
 from gpuledger.streams.marks import MINUTE_MS, Marks, Ranges
 from gpuledger.streams.pool_map import PoolMap
@@ -147,7 +147,7 @@ class TelemetrySink(_MarkingSink):
         """Stores every message of the block that can be read; the others are rejected with their reasons."""
         return self.prepare(records)()
 
-    def prepare(self, records: Sequence[Record]) -> Callable[[], Stored[Followup]]:
+    def prepare(self, records: Sequence[Record]) -> Step[Followup]:
         """The block decoded and folded: more than half of the work, and none of it for the database."""
         messages = [record for record in records if record.unreadable is None and not _is_tick(record)]
         block = decode_block(messages, self._ahead_ms)
