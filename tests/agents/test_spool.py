@@ -448,6 +448,33 @@ def test_what_a_full_disk_kept_although_it_was_sent_goes_when_there_is_room(tmp_
     assert done.stdout.splitlines() == ["full 4 0 4", "free 0 0 0"]
 
 
+_FULL_DISK_AT_THE_REFUSAL = """
+import resource, sys
+from pathlib import Path
+from gpuledger.agents.messages import Message
+from gpuledger.agents.spool import Spool
+spool = Spool(Path(sys.argv[1]), 10**9, 10**9, 0)
+for _ in range(2):
+    spool.seal_batch("run", 0, 1, 0, lambda seq, gaps: Message("telemetry", "n", b"%d;" % seq))
+first, second = spool.take(100, 10**9)
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+spool.reject(first.number, "broker: too large")
+spool.give_back([second.number])
+taken = spool.take(100, 10**9)
+print("full", [one.number == second.number for one in taken], spool.stats().messages, spool.stats().rejected)
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+print("free", len(spool.take(100, 10**9)), spool.stats().messages, spool.stats().rejected, spool.stats().gaps)
+"""
+
+
+def test_what_a_full_disk_kept_although_it_was_refused_is_set_aside_when_there_is_room(tmp_path: Path) -> None:
+    code = [sys.executable, "-c", _FULL_DISK_AT_THE_REFUSAL, str(tmp_path)]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["full [True] 2 0", "free 0 1 1 1"]
+
+
 def test_damage_while_running_begins_a_new_file_and_a_new_run(tmp_path: Path) -> None:
     spool = _spool(tmp_path)
     for n in range(20):

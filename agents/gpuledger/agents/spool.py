@@ -50,6 +50,8 @@ class Spool:
         self._in_doubt: set[int] = set()
         #: The broker has them, and they are not deleted yet.
         self._sent: set[int] = set()
+        #: The broker will never take them, for this reason, and they are not set aside yet.
+        self._refused: dict[int, str] = {}
         self._retry_ms = 0
         self._say_dropped_ms = 0
         self._dropping = False
@@ -179,6 +181,7 @@ class Spool:
             self._taken = {number for number in self._taken if number & 1}
             self._in_doubt = {number for number in self._in_doubt if number & 1}
             self._sent = {number for number in self._sent if number & 1}
+            self._refused = {number: reason for number, reason in self._refused.items() if number & 1}
             try:
                 self._set_aside(error, now_ms)
                 self._disk = SpoolStore(self._path)
@@ -214,6 +217,7 @@ class Spool:
         """The oldest messages not taken yet, those on disk before those in memory."""
         with self._lock:
             self._delete_sent(logging.DEBUG)
+            self._set_refused_aside(logging.DEBUG)
             for store, odd in ((self._disk, 0), (self._memory, 1)):
                 if store is None:
                     continue
@@ -256,17 +260,24 @@ class Spool:
             self._in_doubt.update(numbers)
 
     def reject(self, number: int, reason: str) -> None:
+        """Sets aside what can never be sent. Where the disk refuses, that is tried again with every `take`."""
         with self._lock:
+            self._refused[number] = reason
+            self._set_refused_aside(logging.WARNING)
+
+    def _set_refused_aside(self, level: int) -> None:
+        for number, reason in list(self._refused.items()):
             store = self._memory if number & 1 else self._disk
             if store is None:
-                return
+                continue
             try:
                 store.set_aside(number >> 1, reason)
             except sqlite3.Error as error:
-                log.warning("a message that can never be sent stays in the spool for now: %s", error)
-            else:
-                self._taken.discard(number)
-                self._in_doubt.discard(number)
+                log.log(level, "a message that can never be sent stays in the spool for now: %s", error)
+                continue
+            del self._refused[number]
+            self._taken.discard(number)
+            self._in_doubt.discard(number)
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 
