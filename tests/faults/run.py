@@ -19,7 +19,7 @@ from gpuledger.streams.audit import AuditReport, audit
 from gpuledger.streams.store import Store
 from tests.e2e.orders import Order, Orders
 from tests.e2e.pipeline import Digest, differences, digest_of, installation
-from tests.faults.disks import Disk, LimitedDisk
+from tests.faults.disks import LimitedDisk
 from tests.faults.drawing import Fault, Wave, draw
 from tests.faults.load import Episode, FaultLoad, record
 from tests.faults.services import SESSION_TIMEOUT_S, Service, make_broker, make_clickhouse, resume, stop
@@ -268,7 +268,8 @@ class _Rough:
             self._site.kill(self._site.sender_pid)
         else:
             self._site.memory.unlink(missing_ok=True)
-            self._fill(self._site.spool, self._site.sender_pid, self._site.memory.exists)
+            self._site.spool.fill(self._site.sender_pid)
+            self._await(self._site.memory.exists)
             time.sleep(fault.for_ms / 1000)
             self._site.spool.free(self._site.sender_pid)
 
@@ -287,14 +288,14 @@ class _Rough:
             time.sleep(fault.for_ms / 1000)
             resume(service.pid)
         else:
-            self._fill(service.disk, service.pid, self._noticed(service))
+            noticed = self._noticed(service)
+            service.fill_disk()
+            self._await(noticed)
             time.sleep(fault.for_ms / 1000)
-            service.disk.free(service.pid)
-            service.ensure()
+            service.free_disk()
 
-    def _fill(self, disk: Disk, pid: int, noticed: Callable[[], object]) -> None:
-        """Returns when somebody wanted to write there, and could not."""
-        disk.fill(pid)
+    def _await(self, noticed: Callable[[], object]) -> None:
+        """Returns when somebody wanted to write on the full disk, and could not."""
         self._site.allow(self._sent)
         self._site.until(noticed, "the full disk is noticed")
 
@@ -336,7 +337,7 @@ class _Rough:
             if fault.how == "network cut":
                 stop(service.pid)
             else:
-                service.disk.fill(service.pid)
+                service.fill_disk()
             resume(pid)
             if fault.how == "disk full":
                 self._site.until(noticed, "the full disk is noticed")
@@ -344,8 +345,7 @@ class _Rough:
             if fault.how == "network cut":
                 resume(service.pid)
             else:
-                service.disk.free(service.pid)
-                service.ensure()
+                service.free_disk()
         else:
             resume(pid)
         self._site.tend()

@@ -45,6 +45,7 @@ class Service:
         self._service = service
         self.disk = disk
         self.starts = 0
+        self._full = False
 
     @property
     def name(self) -> str:
@@ -79,13 +80,22 @@ class Service:
         """kill -9; returns when it is gone."""
         self._service.stop(0)
 
-    def ensure(self) -> bool:
-        """Starts it again where it has ended; whether that was so."""
-        if self.running:
-            return False
-        self.kill()
-        self.start()
-        return True
+    def fill_disk(self) -> None:
+        """From now on it cannot write, and may end."""
+        self._full = True
+        self.disk.fill(self.pid)
+
+    def free_disk(self) -> None:
+        """It can again."""
+        self.disk.free(self.pid)
+        self._full = False
+        self.tend()
+
+    def tend(self) -> None:
+        """Starts it again where it has ended, as a service manager does; on a full disk that has no sense."""
+        if self.starts and not self._full and not self.running:
+            self.kill()
+            self.start()
 
     def log(self) -> str:
         return read_tail(self._service.log_file)

@@ -76,7 +76,7 @@ class Site:
     def refusals(self) -> int:
         """How often the workers were refused for want of disk."""
         logs = (worker.log() for worker in self.installation.workers)
-        return sum(len(re.findall(r"enough space|No space left|File too large", log)) for log in logs)
+        return sum(len(re.findall(r"NOT_ENOUGH_SPACE|No space left|File too large", log)) for log in logs)
 
     @property
     def sender_pid(self) -> int:
@@ -88,7 +88,9 @@ class Site:
         self.ended_alone.pop(pid, None)
 
     def tend(self) -> None:
-        """Replaces what has ended."""
+        """Replaces what has ended. A service ends by itself where its disk did not take what it wrote."""
+        for service in self.services:
+            service.tend()
         for worker in self.installation.workers:
             status = worker.process.poll()
             if status is not None and worker.process.pid not in self._killed:

@@ -171,7 +171,7 @@ def test_a_failed_start_shows_the_log(tmp_path: Path) -> None:
 
 
 def test_what_a_full_disk_takes_is_refused_and_the_rest_is_there(tmp_path: Path) -> None:
-    """No insert is acknowledged that is not stored; the limit of file size fails writes as a full disk does."""
+    """No insert is acknowledged that is not stored: here our process itself has no room for the data."""
     disk = LimitedDisk(tmp_path)
     with (
         _server(tmp_path) as server,
@@ -191,3 +191,53 @@ def test_what_a_full_disk_takes_is_refused_and_the_rest_is_there(tmp_path: Path)
                     refused += 1
         assert refused == 2
         assert client.query("SELECT count(), sum(length(s)) FROM t").result_rows == [(stored, stored * 32)]
+
+
+def test_an_insert_that_the_engine_takes_for_written_is_refused_where_the_disk_did_not_take_it(tmp_path: Path) -> None:
+    """The limit of file size fails the engine's writes as a full disk does; it does not notice."""
+    disk = LimitedDisk(tmp_path)
+    server = _server(tmp_path)
+    with (
+        server,
+        clickhouse_connect.get_client(host="127.0.0.1", port=server.port, autogenerate_session_id=False) as client,
+    ):
+        client.command("CREATE TABLE t (a Int64, s String) ENGINE = MergeTree ORDER BY a")
+        client.command("INSERT INTO t SELECT number, toString(rand64()) FROM numbers(100000)")
+        disk.fill(server.pid)
+        with pytest.raises(Error, match=r"part \S+ of gpuledger.t has \d+ of \d+ bytes on the disk") as caught:
+            client.command("INSERT INTO t SELECT number, toString(rand64()) FROM numbers(100000)")
+        assert is_io_error(caught.value), caught.value
+        _wait_for_end(server)
+    assert server.poll() == 1
+    assert "make room and start again" in str(server.failure())
+    with server:
+        assert _count(server, "SELECT count() FROM t WHERE NOT ignore(*)") == 100_000
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["optimize", "by itself"])
+def test_a_merge_that_the_disk_did_not_take_is_undone_by_the_next_start(tmp_path: Path, asked: bool) -> None:
+    disk = LimitedDisk(tmp_path)
+    server = _server(tmp_path)
+    with (
+        server,
+        clickhouse_connect.get_client(host="127.0.0.1", port=server.port, autogenerate_session_id=False) as client,
+    ):
+        client.command("CREATE TABLE t (a Int64, s String) ENGINE = MergeTree ORDER BY a")
+        client.command("SYSTEM STOP MERGES t")
+        for _ in range(20):
+            client.command("INSERT INTO t SELECT number, toString(rand64()) FROM numbers(1000)")
+        disk.fill(server.pid)
+        client.command("SYSTEM START MERGES t")
+        if asked:
+            with pytest.raises(Error, match=r"part \S+ of gpuledger.t "):
+                client.command("OPTIMIZE TABLE t FINAL")
+        _wait_for_end(server)
+    assert server.poll() == 1
+    with server:
+        assert _count(server, "SELECT count() FROM t WHERE NOT ignore(*)") == 20_000
+
+
+def _wait_for_end(server: EmbeddedClickHouse) -> None:
+    until_s = time.monotonic() + 60
+    while server.poll() is None and time.monotonic() < until_s:
+        time.sleep(0.1)

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
@@ -20,15 +21,19 @@ import chdb
 
 from gpuledger.local.clickhouse.errors import EngineError
 from gpuledger.local.clickhouse.insert_data import InsertData
+from gpuledger.local.clickhouse.parts import Parts
 from gpuledger.local.clickhouse.sql import insert_from_file, quote_identifier, quote_string
 
-__all__ = ["ARROW_END", "Engine", "Handle", "Limits", "Setup", "StatementClass", "Stats", "Stream"]
+__all__ = ["ARROW_END", "MIN_FREE_BYTES", "Engine", "Handle", "Limits", "Setup", "StatementClass", "Stats", "Stream"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+# Below it nothing is written: room for what is being written when it is noticed, and for the engine to start again.
+MIN_FREE_BYTES = 64 * 1024 * 1024
 
 # Ends every Arrow IPC stream.
 ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
@@ -240,11 +245,16 @@ class Engine:
 
     def __init__(self, data_dir: Path, config_file: Path, database: str, limits: Limits, spool_dir: Path) -> None:
         self._spool_dir = spool_dir
+        self._data_dir = data_dir
         self._source = f"{data_dir}?config-file={config_file}"
         self.database = database
         self.limits = limits
         self.version = ""
+        #: Why nothing may be written any more, and the process must end; empty where all is well.
+        self.damage = ""
         self._root: Handle | None = None
+        self._looking: Handle | None = None
+        self._parts: Parts | None = None
         self._readers = ThreadPoolExecutor(limits.reader_threads, "clickhouse-reader")
         self._writer = ThreadPoolExecutor(1, "clickhouse-writer")
         # Cancelling must not wait behind what it cancels.
@@ -260,6 +270,8 @@ class Engine:
         self._root = self.handle()
         self._root.apply([f"CREATE DATABASE IF NOT EXISTS {quote_identifier(self.database)} ENGINE = Atomic"])
         self.version = self._root.query("SELECT version()", "TSVRaw").decode().strip()
+        self._looking = looking = self.handle()
+        self._parts = Parts(lambda sql: looking.query(sql, "JSONEachRow"))
 
     def handle(self, setup: Setup | None = None) -> Handle:
         """A fresh handle, set up. Blocks; raises EngineError."""
@@ -303,14 +315,49 @@ class Engine:
         return await _in(self._readers, job)
 
     async def write(self, job: Callable[[], T]) -> T:
-        """Runs `job` on the writer thread, after those before it. Raises EngineError 202 (503) where too many wait."""
+        """Runs `job` on the writer thread, after those before it. Returns when what it wrote is whole on the disk.
+
+        Raises EngineError: 202 (503) where too many wait, 243 where the disk is full or did not take all of it.
+        """
         if self._waiting_writes >= self.limits.waiting_writes:
             raise _too_many("writes", self.limits.waiting_writes)
         self._waiting_writes += 1
         try:
-            return await _in(self._writer, job)
+            return await _in(self._writer, lambda: self._checked(job))
         finally:
             self._waiting_writes -= 1
+
+    async def look_at_parts(self) -> None:
+        """Looks at what the engine merged by itself; where a part is short, `damage` says so."""
+
+        def look() -> None:
+            with contextlib.suppress(EngineError):
+                self._check_parts()
+
+        await _in(self._writer, look)
+
+    def _checked(self, job: Callable[[], T]) -> T:
+        if self.damage:
+            raise EngineError.of("NOT_ENOUGH_SPACE", self.damage)
+        free = shutil.disk_usage(self._data_dir).free
+        if free < MIN_FREE_BYTES:
+            raise EngineError.of(
+                "NOT_ENOUGH_SPACE",
+                f"{free >> 20} MiB are free where {self._data_dir} is; nothing is written below {MIN_FREE_BYTES >> 20}",
+            )
+        try:
+            return job()
+        finally:
+            # After a failure too: it may have come from a part that is short.
+            self._check_parts()
+
+    def _check_parts(self) -> None:
+        if self._parts is None or self.damage:
+            return
+        trouble = self._parts.find_short()
+        if trouble:
+            self.damage = f"{trouble}: the disk did not take what was written"
+            raise EngineError.of("NOT_ENOUGH_SPACE", self.damage)
 
     async def control(self, job: Callable[[], T]) -> T:
         """Runs `job` beside the readers and the writer."""
@@ -341,8 +388,9 @@ class Engine:
             handle.close()
             for pool in (self._control, self._readers, self._writer):
                 pool.shutdown(wait=True, cancel_futures=True)
-            if self._root is not None:
-                self._root.close()
+            for opened in (self._looking, self._root):
+                if opened is not None:
+                    opened.close()
             closed.set()
 
         # A daemon: a statement that does not end must not keep the process from ending.

@@ -2,6 +2,7 @@
 is told to stop, and is gone within ten seconds.
 """
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -20,7 +21,7 @@ import uvicorn
 
 from gpuledger.local.clickhouse.app import ClickHouseApp
 from gpuledger.local.clickhouse.connection import Connection
-from gpuledger.local.clickhouse.engine import Engine, Limits
+from gpuledger.local.clickhouse.engine import MIN_FREE_BYTES, Engine, Limits
 from gpuledger.local.clickhouse.users import Users, server_xml, users_xml
 from gpuledger.local.exceptions import LocalError, PortTaken
 from gpuledger.local.lock import DirectoryLock
@@ -38,6 +39,8 @@ _BACKLOG = 128
 _DRAIN_S = 2
 _CLOSE_S = 4.0
 _MIN_MEMORY_BYTES = 512 * 1024 * 1024
+#: uvicorn's ticks, of 0.1 s, between two looks at what the engine merged. It keeps for 480 s what it merged from.
+_TICKS_PER_LOOK = 50
 
 
 def serve(
@@ -55,6 +58,7 @@ def serve(
 
     `users` is what Users.parse takes; None means the user `default` without password, on loopback only.
     `memory_bytes` None takes half of what is free. `port` 0 takes a free one, written to `port_file` when ready.
+    Where the disk did not take what the engine wrote it ends by itself, with status 1: the next start heals that.
     Raises UsersError, DirectoryInUse and PortTaken before anything is opened, EngineError where the engine does not
     open.
     """
@@ -73,16 +77,20 @@ def serve(
         )
         engine.open()
         url = f"http://{_bracketed(host)}:{listener.getsockname()[1]}"
-        _run(ClickHouseApp(engine, accounts, spool_dir), listener, url, port_file)
+        _run(engine, ClickHouseApp(engine, accounts, spool_dir), listener, url, port_file)
         if not engine.close(_CLOSE_S):
             log.warning("the engine did not close in time; the process ends regardless")
-    log.info("stopped", extra={"url": url})
+    if engine.damage:
+        # The last line of the log is what whoever started this process is shown.
+        log.error("%s; make room and start again, nothing acknowledged is lost", engine.damage)
+    else:
+        log.info("stopped", extra={"url": url})
     # The engine's threads may still run; nothing acknowledged is lost by leaving them.
     logging.shutdown()
-    os._exit(0)
+    os._exit(1 if engine.damage else 0)
 
 
-def _run(app: ClickHouseApp, listener: socket.socket, url: str, port_file: Path | None) -> None:
+def _run(engine: Engine, app: ClickHouseApp, listener: socket.socket, url: str, port_file: Path | None) -> None:
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -97,15 +105,17 @@ def _run(app: ClickHouseApp, listener: socket.socket, url: str, port_file: Path 
         timeout_graceful_shutdown=_DRAIN_S,
         backlog=_BACKLOG,
     )
-    server = _Server(config, url, port_file)
+    server = _Server(engine, config, url, port_file)
     server.run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
     """Says when it is ready, and comes back from a signal: uvicorn would raise it again, and the engine never close."""
 
-    def __init__(self, config: uvicorn.Config, url: str, port_file: Path | None) -> None:
+    def __init__(self, engine: Engine, config: uvicorn.Config, url: str, port_file: Path | None) -> None:
         super().__init__(config)
+        self._engine = engine
+        self._look: asyncio.Future[None] | None = None
         self._url = url
         self._port_file = port_file
 
@@ -123,6 +133,12 @@ class _Server(uvicorn.Server):
             partial.write_text(f"{sockets[0].getsockname()[1]}\n")
             partial.replace(self._port_file)
         log.info("ready", extra={"url": self._url})
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: asked ten times a second."""
+        if counter % _TICKS_PER_LOOK == 0 and (self._look is None or self._look.done()):
+            self._look = asyncio.ensure_future(self._engine.look_at_parts())
+        return await super().on_tick(counter) or bool(self._engine.damage)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -144,7 +160,11 @@ def _write_config(data_dir: Path, users: Users, memory_bytes: int | None) -> Pat
     config_dir = data_dir / "config"
     config_dir.mkdir(mode=0o700, exist_ok=True)
     users_file, server_file = config_dir / "users.xml", config_dir / "server.xml"
-    for path, text in ((users_file, users_xml(users, memory * 3 // 4)), (server_file, server_xml(users_file, memory))):
+    texts = {
+        users_file: users_xml(users, memory * 3 // 4),
+        server_file: server_xml(users_file, memory, MIN_FREE_BYTES),
+    }
+    for path, text in texts.items():
         path.touch(mode=0o600)
         path.write_text(text, encoding="utf-8")
     return server_file

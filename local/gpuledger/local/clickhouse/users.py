@@ -187,8 +187,8 @@ def _parse_password(name: str, given: dict[str, Any]) -> str | None:
     return digest.lower()
 
 
-def server_xml(users_file: Path, server_memory_bytes: int) -> str:
-    """The engine's server configuration.
+def server_xml(users_file: Path, server_memory_bytes: int, min_free_bytes: int) -> str:
+    """The engine's server configuration. `min_free_bytes`: left free by what it writes, merges included.
 
     fsync is on: without it a power cut lost half of the acknowledged blocks. The explicit engine grants keep Kafka
     tables out, after which the directory would not open again.
@@ -197,6 +197,9 @@ def server_xml(users_file: Path, server_memory_bytes: int) -> str:
   <max_server_memory_usage>{server_memory_bytes}</max_server_memory_usage>
   <mark_cache_size>{min(268435456, server_memory_bytes // 8)}</mark_cache_size>
   <uncompressed_cache_size>0</uncompressed_cache_size>
+  <storage_configuration>
+    <disks><default><keep_free_space_bytes>{min_free_bytes}</keep_free_space_bytes></default></disks>
+  </storage_configuration>
   <background_pool_size>4</background_pool_size>
   <merge_tree>
     <fsync_after_insert>1</fsync_after_insert>

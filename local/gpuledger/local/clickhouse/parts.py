@@ -1,0 +1,87 @@
+"""Whether the disk holds what the engine says that it wrote.
+
+chDB takes a write that the disk refuses (full, over a quota or a limit of file size) for one that succeeded: the
+INSERT returns, the part is there, its files are short. So it was with every engine from 26.1 to 26.9, for inserts and
+for merges. The engine compares sizes only when it starts; then it sets a short part aside, and takes up again the parts
+that it was merged from, which it keeps for eight minutes. So a short part must be found before anything is
+acknowledged, or within those minutes, and the next start heals it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["Parts"]
+
+#: Of 2,000 parts it takes 10 ms.
+_PARTS = """
+    SELECT database || '.' || table AS name, path, toString(bytes_on_disk) AS bytes FROM system.parts WHERE active
+"""
+_CHECKSUMS = "checksums.txt"
+#: Texts that a part's own count of bytes leaves out. All end with a line feed but those of one word.
+_TEXTS = frozenset({"columns.txt", "columns_substreams.txt"})
+_WORDS = frozenset({"default_compression_codec.txt", "metadata_version.txt"})
+#: Of a compressed block: its hash, then a method, then its size with this header's 9 bytes.
+_HASH_BYTES = 16
+_SIZE_AT = _HASH_BYTES + 1
+
+
+class Parts:
+    """Looks at each new part once. Not thread-safe."""
+
+    def __init__(self, query: Callable[[str], bytes]) -> None:
+        """`query` runs a SELECT and returns its rows as JSONEachRow. What is there now the engine has looked at."""
+        self._query = query
+        self._seen = set(self._active())
+
+    def find_short(self) -> str | None:
+        """What is wrong with a part that was made since the last call, in words; None where all are whole."""
+        parts = self._active()
+        for path, (table, wanted) in parts.items():
+            if path in self._seen:
+                continue
+            trouble = _trouble(Path(path), wanted)
+            # What was dropped meanwhile has no files.
+            if trouble and path in self._active():
+                return f"part {Path(path).name} of {table} {trouble}"
+        self._seen = set(parts)
+        return None
+
+    def _active(self) -> dict[str, tuple[str, int]]:
+        rows = [json.loads(line) for line in self._query(_PARTS).splitlines()]
+        return {row["path"]: (row["name"], int(row["bytes"])) for row in rows}
+
+
+def _trouble(part: Path, wanted: int) -> str:
+    """`wanted`: the bytes of all files that are in the part's checksums."""
+    files = {path.relative_to(part).as_posix(): path for path in part.rglob("*") if path.is_file()}
+    try:
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        counted = sum(size for name, size in sizes.items() if name not in _TEXTS | _WORDS and name != _CHECKSUMS)
+        if counted != wanted:
+            return f"has {counted} of {wanted} bytes on the disk"
+        for name, path in files.items():
+            if name in _TEXTS | _WORDS and not sizes[name]:
+                return f"has an empty {name}"
+            if name in _TEXTS and not path.read_bytes().endswith(b"\n"):
+                return f"has half a {name}"
+        if not _is_whole(files[_CHECKSUMS].read_bytes()):
+            return f"has half a {_CHECKSUMS}"
+    except (OSError, KeyError) as error:
+        return f"cannot be looked at: {error}"
+    return ""
+
+
+def _is_whole(checksums: bytes) -> bool:
+    """Whether a line is followed by whole compressed blocks to the end."""
+    at = checksums.find(b"\n") + 1
+    if not at:
+        return False
+    while at < len(checksums):
+        size = int.from_bytes(checksums[at + _SIZE_AT : at + _SIZE_AT + 4], "little")
+        if not size or at + _HASH_BYTES + size > len(checksums):
+            return False
+        at += _HASH_BYTES + size
+    return True
