@@ -1,5 +1,6 @@
 """The process: starting, stopping, dying, and what is on disk afterwards."""
 
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import pytest
 from clickhouse_connect.driver.exceptions import Error
 
 from gpuledger.local.clickhouse import EmbeddedClickHouse
+from gpuledger.local.clickhouse.parts import Parts
 from gpuledger.local.exceptions import DirectoryInUse, PortTaken, ServiceFailed
 from gpuledger.streams.store import is_io_error
 from tests.faults.disks import LimitedDisk
@@ -235,6 +237,74 @@ def test_a_merge_that_the_disk_did_not_take_is_undone_by_the_next_start(tmp_path
     assert server.poll() == 1
     with server:
         assert _count(server, "SELECT count() FROM t WHERE NOT ignore(*)") == 20_000
+
+
+def test_whole_parts_of_every_kind_are_not_taken_for_short(tmp_path: Path) -> None:
+    wide = "min_bytes_for_wide_part = 1, min_rows_for_wide_part = 1"
+    columns = "k UInt64, n Nullable(Int64), l LowCardinality(String), a Array(String), d DateTime64(3), s String"
+    row = "number, if(number % 2, NULL, 7), 'x', if(number % 3, [], ['a']), now(), ''"
+    with (
+        _server(tmp_path) as server,
+        clickhouse_connect.get_client(host="127.0.0.1", port=server.port, autogenerate_session_id=False) as client,
+    ):
+        for table, settings in (("compact", ""), ("wide", f"SETTINGS {wide}")):
+            client.command(
+                f"CREATE TABLE {table} ({columns}, INDEX i n TYPE minmax, PROJECTION p (SELECT l, count() GROUP BY l)) "
+                "ENGINE = MergeTree PARTITION BY k % 3 ORDER BY k " + settings
+            )
+            for rows in (0, 1, 10, 20_000):
+                client.command(f"INSERT INTO {table} SELECT {row} FROM numbers({rows})")
+            for statement in (
+                "OPTIMIZE TABLE {} FINAL",
+                "ALTER TABLE {} ADD COLUMN more Int64 DEFAULT 3",
+                "ALTER TABLE {} UPDATE s = 'long' WHERE k < 5 SETTINGS mutations_sync = 2",
+                "ALTER TABLE {} DELETE WHERE k % 3 = 1 SETTINGS mutations_sync = 2",
+                "ALTER TABLE {} DROP PROJECTION p SETTINGS mutations_sync = 2",
+                "DELETE FROM {} WHERE k = 3",
+                "ALTER TABLE {} DETACH PARTITION 0",
+                "ALTER TABLE {} ATTACH PARTITION 0",
+                "ALTER TABLE {} DROP PARTITION 2",
+                "OPTIMIZE TABLE {} FINAL",
+            ):
+                client.command(statement.format(table))
+            assert _count(server, f"SELECT count() FROM {table}") > 6_000
+            client.command(f"TRUNCATE TABLE {table}")
+            client.command(f"INSERT INTO {table} (k) VALUES (1)")
+            assert _count(server, f"SELECT count() FROM {table}") == 1
+        time.sleep(5)  # merges of its own, and looks at them
+        assert server.poll() is None
+
+
+def test_every_file_of_a_part_is_missed_when_it_is_cut(tmp_path: Path) -> None:
+    with (
+        _server(tmp_path) as server,
+        clickhouse_connect.get_client(host="127.0.0.1", port=server.port, autogenerate_session_id=False) as client,
+    ):
+        client.command(
+            "CREATE TABLE t (a Int64, s Nullable(String)) ENGINE = MergeTree ORDER BY a "
+            "SETTINGS min_bytes_for_wide_part = 1, min_rows_for_wide_part = 1"
+        )
+        client.command("INSERT INTO t SELECT number, toString(rand64()) FROM numbers(1000)")
+        row = client.query("SELECT path, bytes_on_disk FROM system.parts WHERE active AND table = 't'").result_rows[0]
+    part, counted = Path(str(row[0])), str(row[1])
+    made = False
+
+    def parts(_sql: str) -> bytes:
+        return json.dumps({"name": "t", "path": str(part), "bytes": counted}).encode() if made else b""
+
+    looked = 0
+    for file in sorted(part.iterdir()):
+        whole = file.read_bytes()
+        for size in {0, len(whole) // 2, len(whole) - 1} if len(whole) > 20 else {0}:
+            made = False
+            finder = Parts(parts)
+            made = True
+            file.write_bytes(whole[:size])
+            assert file.name in str(finder.find_short()) or "bytes on the disk" in str(finder.find_short()), file.name
+            file.write_bytes(whole)
+            assert finder.find_short() is None
+            looked += 1
+    assert looked > 20
 
 
 def _wait_for_end(server: EmbeddedClickHouse) -> None:

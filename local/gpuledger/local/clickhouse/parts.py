@@ -20,9 +20,12 @@ _PARTS = """
     SELECT database || '.' || table AS name, path, toString(bytes_on_disk) AS bytes FROM system.parts WHERE active
 """
 _CHECKSUMS = "checksums.txt"
-#: Texts that a part's own count of bytes leaves out. All end with a line feed but those of one word.
-_TEXTS = frozenset({"columns.txt", "columns_substreams.txt"})
-_WORDS = frozenset({"default_compression_codec.txt", "metadata_version.txt"})
+#: Too short to be written by halves.
+_WORDS = frozenset(
+    {"default_compression_codec.txt", "metadata_version.txt", "invalidated_system_columns.txt", "uuid.txt"}
+)
+#: What a part's own count of bytes leaves out, and that of a projection in it.
+_UNCOUNTED = _WORDS | {_CHECKSUMS, "columns.txt", "columns_substreams.txt"}
 #: Of a compressed block: its hash, then a method, then its size with this header's 9 bytes.
 _HASH_BYTES = 16
 _SIZE_AT = _HASH_BYTES + 1
@@ -56,22 +59,23 @@ class Parts:
 
 def _trouble(part: Path, wanted: int) -> str:
     """`wanted`: the bytes of all files that are in the part's checksums."""
-    files = {path.relative_to(part).as_posix(): path for path in part.rglob("*") if path.is_file()}
     try:
-        sizes = {name: path.stat().st_size for name, path in files.items()}
-        counted = sum(size for name, size in sizes.items() if name not in _TEXTS | _WORDS and name != _CHECKSUMS)
+        sizes = {path: path.stat().st_size for path in part.rglob("*") if path.is_file()}
+        counted = sum(size for path, size in sizes.items() if path.name not in _UNCOUNTED)
         if counted != wanted:
             return f"has {counted} of {wanted} bytes on the disk"
-        for name, path in files.items():
-            if name in _TEXTS | _WORDS and not sizes[name]:
-                return f"has an empty {name}"
-            if name in _TEXTS and not path.read_bytes().endswith(b"\n"):
-                return f"has half a {name}"
-        if not _is_whole(files[_CHECKSUMS].read_bytes()):
-            return f"has half a {_CHECKSUMS}"
-    except (OSError, KeyError) as error:
+        for path, size in sizes.items():
+            if path.name in _UNCOUNTED and not (size and _is_finished(path)):
+                return f"has only the beginning of its {path.relative_to(part)}"
+    except OSError as error:
         return f"cannot be looked at: {error}"
-    return ""
+    return "" if part / _CHECKSUMS in sizes else f"has no {_CHECKSUMS}"
+
+
+def _is_finished(path: Path) -> bool:
+    if path.name == _CHECKSUMS:
+        return _is_whole(path.read_bytes())
+    return path.name in _WORDS or path.read_bytes().endswith(b"\n")
 
 
 def _is_whole(checksums: bytes) -> bool:
