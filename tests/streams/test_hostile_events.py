@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import Any
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -11,7 +14,8 @@ from gpuledger.schemas.events import decode_event
 from gpuledger.schemas.exceptions import MessageError
 from gpuledger.schemas.texts import escaped
 from gpuledger.streams.blocks import Record
-from gpuledger.streams.dirty_agent import dirty_marks
+from gpuledger.streams.dirty import Pace
+from gpuledger.streams.dirty_agent import DirtyStats, dirty_marks, take_dirty
 from gpuledger.streams.facts import decode_facts
 from gpuledger.streams.letters import decode_letter, printable
 
@@ -83,6 +87,54 @@ def test_a_mark_belongs_in_the_partition_of_its_pool() -> None:
     assert _is_taken(records[3], None), "where the number of partitions is not known, nothing is refused"
     with pytest.raises(MessageError, match=f"a mark of pool large belongs in partition {taken[0]}, not in"):
         dirty_marks(records[(taken[0] + 1) % 8], 8)
+
+
+class _Faust:
+    """What the agent of marks asks of its stream and consumer; `partitions` is what the broker's metadata say."""
+
+    def __init__(self, records: list[Record], partitions: int | None) -> None:
+        self.app = SimpleNamespace(consumer=self)
+        self._records = records
+        self._partitions = partitions
+
+    def topic_partitions(self, _topic: str) -> int | None:
+        return self._partitions
+
+    def holds(self, _message: object) -> bool:
+        return True
+
+    def noack(self) -> _Faust:
+        return self
+
+    async def events(self) -> AsyncIterator[SimpleNamespace]:
+        yield SimpleNamespace(value=self._records, message=None)
+
+
+@pytest.mark.parametrize("known", [None, 0, 8], ids=["nothing", "no partitions", "eight"])
+def test_marks_are_read_while_the_broker_does_not_know_its_partitions(known: int | None) -> None:
+    """As for a moment after its restart: no mark is refused for that, and none from elsewhere is taken."""
+    value = b'{"type":"dirty","pool":"large","from_ms":%d,"to_ms":%d}' % (T0, T0 + 1)
+    own = next(n for n in range(8) if _is_taken(Record("dirty", n, 7, T0, b"large", value), 8))
+    stats, letters = DirtyStats(), list[Record]()
+
+    async def dead_letter(record: Record, _reason: str) -> None:
+        letters.append(record)
+
+    async def read() -> None:
+        await take_dirty(
+            _Faust([Record("dirty", n, 7, T0, b"large", value) for n in (own, (own + 1) % 8)], known),
+            store=cast("Any", None),
+            recomputer=cast("Any", None),
+            pace=Pace(3_600_000),
+            epoch=lambda: 1,
+            partitions=8,
+            dead_letter=dead_letter,
+            stats=stats,
+        )
+
+    asyncio.run(read())
+    assert [record.partition for record in letters] == [(own + 1) % 8]
+    assert (stats.marks, stats.dead_letters) == (2, 1)
 
 
 def _is_taken(record: Record, partitions: int | None) -> bool:

@@ -73,11 +73,17 @@ class Pipeline:
 
 
 def make_pipeline(
-    config: Config, rules: LedgerRules, epoch: int, datadir: Path, barrier: Callable[[str], Barrier] | None = None
+    config: Config,
+    rules: LedgerRules,
+    epoch: int,
+    dirty_partitions: int,
+    datadir: Path,
+    barrier: Callable[[str], Barrier] | None = None,
 ) -> Pipeline:
     """Puts the app together; nothing connects before it runs.
 
-    `barrier` gives for each agent a hook that fault tests wait in (see `intake.Barrier`).
+    `dirty_partitions`: how many the topic of marks has. `barrier` gives for each agent a hook that fault tests wait in
+    (see `intake.Barrier`).
     """
     kafka, worker = config.kafka, config.worker
     settings = faust_settings(worker.group, kafka.bootstrap.split(","), datadir, **faust_credentials(kafka))
@@ -130,6 +136,7 @@ def make_pipeline(
             recomputer=Recomputer(store, rules),
             pace=pace,
             epoch=lambda: epoch,
+            partitions=dirty_partitions,
             dead_letter=dead_letter,
             stats=pipeline.dirty,
             barrier=hook("dirty"),

@@ -97,12 +97,13 @@ async def take_dirty(
     recomputer: Recomputer,
     pace: Pace,
     epoch: Callable[[], int],
+    partitions: int,
     dead_letter: DeadLetter,
     stats: DirtyStats,
     barrier: Barrier = no_barrier,
 ) -> None:
-    """Runs until the worker stops."""
-    agent = _DirtyAgent(stream.app.consumer, store, recomputer, pace, epoch, dead_letter, stats, barrier)
+    """Runs until the worker stops. `partitions`: of the marks' topic, when it started."""
+    agent = _DirtyAgent(stream.app.consumer, store, recomputer, pace, epoch, partitions, dead_letter, stats, barrier)
     await agent.run(stream)
 
 
@@ -114,11 +115,13 @@ class _DirtyAgent:
         recomputer: Recomputer,
         pace: Pace,
         epoch: Callable[[], int],
+        partitions: int,
         dead_letter: DeadLetter,
         stats: DirtyStats,
         barrier: Barrier,
     ) -> None:
         self._consumer = consumer
+        self._partitions = partitions
         self._store = store
         self._recomputer = recomputer
         self._epoch = epoch
@@ -148,11 +151,12 @@ class _DirtyAgent:
         async for event in stream.noack().events():
             records: list[Record] = list(event.value)
             marks = Marks()
-            partitions: int | None = self._consumer.topic_partitions(records[0].topic)
+            # Partitions are never taken away; a broker that has just come back says for a moment that there are none.
+            self._partitions = max(self._partitions, self._consumer.topic_partitions(records[0].topic) or 0)
             rejected: list[tuple[Record, str]] = []
             for record in records:
                 try:
-                    mark = dirty_marks(record, partitions)
+                    mark = dirty_marks(record, self._partitions)
                 except MessageError as error:
                     rejected.append((record, str(error)))
                     continue

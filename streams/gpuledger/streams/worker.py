@@ -50,7 +50,7 @@ def run_worker(config: Config, datadir: Path, barrier: Callable[[str], Barrier] 
         )
     epoch = current_epoch(store, dirty_ends)
     store.close()
-    pipeline = make_pipeline(config, rules_of(config, partitions), epoch, datadir, barrier)
+    pipeline = make_pipeline(config, rules_of(config, partitions), epoch, partitions["dirty"], datadir, barrier)
     _serve_health(config, pipeline)
     log.info("worker starts", extra={"group": config.worker.group, "epoch": epoch, "partitions": partitions})
     worker = faust.Worker(pipeline.app, loglevel=None, override_logging=False, quiet=True)
