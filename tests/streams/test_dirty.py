@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,21 @@ def test_the_newest_minute_comes_before_a_backlog() -> None:
     assert first is not None
     assert (first.kind, first.pool) == ("minutes", "live")
     assert first.to_ms == NOW // MINUTE_MS * MINUTE_MS + MINUTE_MS
+
+
+@pytest.mark.parametrize(("age", "began"), [(3, [-3, 0, 0, 0]), (8, [0, -8, 0, 0])], ids=["near", "far"])
+def test_the_open_minute_does_not_keep_others_waiting(age: int, began: list[int]) -> None:
+    """Marked again before every visit of its pool, it is always the newest. What is near is computed with it."""
+    open_minute = NOW // MINUTE_MS * MINUTE_MS
+    queue = queue_with(("p", open_minute - age * MINUTE_MS, open_minute - (age - 1) * MINUTE_MS))
+    found: list[int] = []
+    for visit in range(1, 5):
+        queue.add("open", 0, visit, {"p": Ranges([(open_minute, open_minute + MINUTE_MS)])}, NOW, 0)
+        slice_ = queue.next(NOW, visit * 100_000)
+        assert slice_ is not None and slice_.kind == "minutes"
+        found.append((slice_.from_ms - open_minute) // MINUTE_MS)
+        queue.done(slice_, 10)
+    assert found == began
 
 
 def test_a_block_is_finished_only_when_minutes_and_hours_are_done_and_never_before_its_elders() -> None:

@@ -20,6 +20,9 @@ B = TypeVar("B")
 
 #: A slice holds its rows in memory: a month of hours is enough to make its fixed cost small.
 _MAX_UNITS = 31 * 24
+#: Between the open minute and the one that has just become complete may lie clean ones: computing them again costs less
+#: than a slice of its own.
+_BRIDGE_MS = 3 * MINUTE_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class _Pool:
     offset: int
     live_at: int = -(10**9)
     live_took: int = 0
+    newest_last: bool = False
     open_at: int = -(10**9)
     open_took: int = 0
     marked_at: int = 0
@@ -150,7 +154,12 @@ class DirtyQueue(Generic[B]):
         if not ranges:
             return None
         state.live_at = clock_ms
-        return self._slice("minutes", pool, *ranges[-1])
+        start, end = ranges.pop()
+        while ranges and start - ranges[-1][1] <= _BRIDGE_MS:
+            start = ranges.pop()[0]
+        # The open minute is marked every second, so it would always be the newest: others have every second visit.
+        state.newest_last = not (state.newest_last and ranges)
+        return self._slice("minutes", pool, *((start, end) if state.newest_last else ranges[0]))
 
     def _open(self, pool: str, now_ms: int, clock_ms: int, every_ms: int) -> Slice | None:
         """The unit that is not over yet, up to the end of the open minute."""
