@@ -98,9 +98,9 @@ def make_app(tmp_path: Path) -> faust.App:
 def test_block_topics_are_known_to_the_transport(tmp_path: Path) -> None:
     app = make_app(tmp_path)
     block_topic(app, "telemetry")
-    block_topic(app, "dirty")
+    block_topic(app, "dirty", many_held=True)
     assert isinstance(app.transport, BlockTransport)
-    assert app.transport.block_topics == {"telemetry", "dirty"}
+    assert app.transport.block_topics == {"telemetry": False, "dirty": True}
     consumer = app.consumer
     assert isinstance(consumer, BlockConsumer)
     assert consumer.is_block_topic("dirty")

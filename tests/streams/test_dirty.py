@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpuledger.streams.dirty import DirtyQueue, Pace
+from gpuledger.streams.dirty import DirtyQueue, Pace, Slice
 from gpuledger.streams.marks import HOUR_MS, MINUTE_MS, Ranges
 
 NOW = 1_700_000_000_000 // HOUR_MS * HOUR_MS + 30 * MINUTE_MS + 20_000
@@ -92,37 +94,69 @@ ranges = st.tuples(st.sampled_from("ab"), st.integers(0, 3000), st.integers(1, 6
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(ranges, min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_every_marked_minute_is_computed_after_its_mark_was_taken(marks: list[tuple[str, int, int]], r) -> None:
-    queue: DirtyQueue[int] = DirtyQueue(PACE)
+@given(st.lists(ranges, min_size=1, max_size=12), st.sampled_from([1, 2, 5, 64]), st.randoms(use_true_random=False))
+def test_every_marked_minute_is_computed_after_its_mark_was_taken(
+    marks: list[tuple[str, int, int]], max_blocks: int, r: Random
+) -> None:
+    """Also where a mark comes while a slice is computed, and where blocks have become one."""
+    queue: DirtyQueue[int] = DirtyQueue(PACE, max_blocks)
     computed: dict[tuple[str, int], int] = {}  # (pool, minute) → greatest `taken` that wrote its hour
     finished: list[int] = []
     clock = 0
+    under_way: Slice | None = None
 
-    def work() -> None:
-        slice_ = queue.next(NOW, clock)
-        if slice_ is None:
+    def begin() -> None:
+        nonlocal under_way
+        under_way = under_way or queue.next(NOW, clock)
+
+    def end() -> None:
+        nonlocal under_way
+        if under_way is None:
             return
-        if slice_.kind == "hours":
-            for minute in range(slice_.from_ms, slice_.to_ms, MINUTE_MS):
-                computed[slice_.pool, minute] = slice_.taken
-        queue.done(slice_, r.randrange(1, 2000))
+        if under_way.kind == "hours":
+            for minute in range(under_way.from_ms, under_way.to_ms, MINUTE_MS):
+                computed[under_way.pool, minute] = under_way.taken
+        queue.done(under_way, r.randrange(1, 2000))
+        under_way = None
         finished.extend(handle for handle, _ in queue.finished())
 
     wanted = []
     for n, (pool, ago, length) in enumerate(marks):
         start = (NOW // MINUTE_MS - ago) * MINUTE_MS
-        end = min(start + length * MINUTE_MS, NOW // MINUTE_MS * MINUTE_MS + MINUTE_MS)
-        queue.add(n, 0, n, {pool: Ranges([(start, end)])}, NOW, clock)
-        wanted.append((pool, start, end))
+        stop = min(start + length * MINUTE_MS, NOW // MINUTE_MS * MINUTE_MS + MINUTE_MS)
+        queue.add(n, 0, n, {pool: Ranges([(start, stop)])}, NOW, clock)
+        wanted.append((pool, start, stop))
         clock += r.randrange(20_000)
-        for _ in range(r.randrange(3)):
-            work()
+        for step in (begin, end) * r.randrange(3):
+            if r.random() < 0.8:
+                step()
     for _ in range(2000):
         clock += 10_000
-        work()
+        end()
+        begin()
         if len(finished) == len(marks):
             break
     assert finished == list(range(len(marks)))
-    for n, (pool, start, end) in enumerate(wanted):
-        assert all(computed[pool, minute] > n for minute in range(start, end, MINUTE_MS))
+    for n, (pool, start, stop) in enumerate(wanted):
+        assert all(computed[pool, minute] > n for minute in range(start, stop, MINUTE_MS))
+
+
+def test_an_hour_of_open_marks_is_few_blocks_to_look_at_and_each_is_finished() -> None:
+    """A mark of the open minute each second of an hour that no slice comes to: as with many pools."""
+    queue: DirtyQueue[int] = DirtyQueue(PACE)
+    hour = NOW // HOUR_MS * HOUR_MS
+    for n in range(3_600):
+        minute = hour + n // 60 * MINUTE_MS
+        queue.add(n, 0, n, {"p": Ranges([(minute, minute + MINUTE_MS)])}, hour + n * 1000, n * 1000)
+    assert len(queue) == 3_600 and queue.backlog() == (3_600, 60)
+    assert max(len(blocks) for blocks in queue._blocks.values()) <= 64  # pyright: ignore[reportPrivateUsage]
+    now, clock = hour + HOUR_MS, 3_600_000
+    finished: list[int] = []
+    for _ in range(20):
+        clock += 100_000
+        slice_ = queue.next(now, clock)
+        if slice_ is None:
+            break
+        queue.done(slice_, 10)
+        finished += [handle for handle, _ in queue.finished()]
+    assert finished == list(range(3_600))

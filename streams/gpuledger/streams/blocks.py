@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -135,10 +136,11 @@ class OutstandingBlocks:
     block of an earlier assignment can never be taken for its redelivered twin.
     """
 
-    __slots__ = ("_blocks", "_committable", "expected", "held_bytes", "probed")
+    __slots__ = ("_blocks", "_committable", "_ids", "expected", "held_bytes", "probed")
 
     def __init__(self, expected: int | None = None) -> None:
         self._blocks: deque[tuple[_Acknowledged, int]] = deque()
+        self._ids: set[int] = set()
         self._committable: int | None = None
         self.expected = expected
         self.probed: int | None = None
@@ -151,12 +153,13 @@ class OutstandingBlocks:
     def deliver(self, block: _Acknowledged, size_bytes: int) -> None:
         """Note a block on its way to an agent; `block.offset` is the offset of its last record."""
         self._blocks.append((block, size_bytes))
+        self._ids.add(id(block))
         self.held_bytes += size_bytes
         self.expected = block.offset + 1
 
     def holds(self, block: _Acknowledged) -> bool:
         """Whether this very block is among them (also when only an earlier one keeps it from being settled)."""
-        return any(outstanding is block for outstanding, _ in self._blocks)
+        return id(block) in self._ids
 
     def committable(self) -> int | None:
         """The offset after the last record of the longest acknowledged prefix; None if there is none yet."""
@@ -166,6 +169,7 @@ class OutstandingBlocks:
     def _settle(self) -> None:
         while self._blocks and self._blocks[0][0].acked:
             block, size_bytes = self._blocks.popleft()
+            self._ids.remove(id(block))
             self.held_bytes -= size_bytes
             self._committable = block.offset + 1
 
@@ -275,8 +279,12 @@ class BlockConsumer(AIOKafkaConsumer):
         return {
             tp
             for tp in active
-            if tp in counts and (counts[tp] >= self.partition_held_blocks or tp.topic in full_topics)
+            if tp in counts and (counts[tp] >= self._held_blocks(tp.topic) or tp.topic in full_topics)
         }
+
+    def _held_blocks(self, topic: str) -> float:
+        many = cast(BlockTransport, self.transport).block_topics[topic]
+        return inf if many else self.partition_held_blocks
 
     def _wanted(self, tp: TP) -> bool:
         return tp in self._get_active_partitions() or tp in self._buffered_partitions
@@ -390,13 +398,13 @@ class BlockConsumer(AIOKafkaConsumer):
 
 
 class BlockTransport(AIOKafkaTransport):
-    """Faust's Kafka transport with the block consumer, and the names of the topics that come in blocks."""
+    """Faust's Kafka transport with the block consumer, and the topics that come in blocks: whether many may be held."""
 
     Consumer: ClassVar[Any] = BlockConsumer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.block_topics: set[str] = set()
+        self.block_topics: dict[str, bool] = {}
 
 
 class _BlockSchema(Schema[Any, Any]):
@@ -411,8 +419,11 @@ class _BlockSchema(Schema[Any, Any]):
         return decode
 
 
-def block_topic(app: App, name: str) -> TopicT:
+def block_topic(app: App, name: str, *, many_held: bool = False) -> TopicT:
     """Declare that `name` reaches its agents in blocks, and return the Faust topic (keys and values are bytes).
+
+    `many_held`: its agent acknowledges late, keeps little of a block, and must see what comes meanwhile, so only bytes
+    bound what is outstanding.
 
     Raises IntakeSetupError when the app's consumer exists already, for then it would be the stock one.
     """
@@ -422,7 +433,7 @@ def block_topic(app: App, name: str) -> TopicT:
             raise IntakeSetupError(f"topic {name!r}: the app's consumer exists already; declare block topics before it")
         transport = BlockTransport(transport.url, app)
         app.transport = transport
-    transport.block_topics.add(name)
+    transport.block_topics[name] = many_held
     schema = _BlockSchema(key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
     return app.topic(name, schema=schema)
 
@@ -453,6 +464,8 @@ def faust_settings(
         "broker_session_timeout": session_timeout_s,
         "broker_heartbeat_interval": max(1, session_timeout_s // 3),
         "broker_commit_interval": 1,
+        # Marks of the open hour are acknowledged with it; Faust would complain every two seconds.
+        "broker_commit_livelock_soft_timeout": 2 * 3600,
         # A broker that has just come back may say that our topics have no partitions, and a group that formed on that
         # word stands idle until it asks again: by default five minutes.
         "consumer_metadata_max_age_ms": 10_000,

@@ -63,14 +63,23 @@ class Pace:
 
 @dataclass(slots=True)
 class _Block(Generic[B]):
-    handle: B
-    partition: int
+    """Blocks of one partition that follow each other; `number` is that of the last."""
+
+    handles: list[B]
     number: int
     minutes: dict[str, Ranges]
     hours: dict[str, Ranges]
 
     def is_done(self) -> bool:
         return not any(self.minutes.values()) and not any(self.hours.values())
+
+    def join(self, after: _Block[B]) -> None:
+        """Takes in the block after it. What is left of both is then done by slices that began after both were taken."""
+        self.handles += after.handles
+        self.number = after.number
+        for mine, others in ((self.minutes, after.minutes), (self.hours, after.hours)):
+            for pool, ranges in others.items():
+                mine.setdefault(pool, Ranges()).update(ranges)
 
 
 @dataclass(slots=True)
@@ -91,16 +100,19 @@ class _Pool:
 class DirtyQueue(Generic[B]):
     """Blocks of marks in, slices out, finished blocks back in the order of their partitions.
 
-    `now_ms` is UTC; `clock_ms` any monotonic clock. One slice is under way at a time: `done` or `failed` ends it.
+    `now_ms` is UTC; `clock_ms` any monotonic clock. One slice is under way at a time: `done` ends it. Every block has
+    marks of the open hour and is finished with it, and hundreds would make each look at them slow: beyond `max_blocks`
+    of a partition, neighbours become one.
     """
 
     pace: Pace
+    max_blocks: int = 64
     _blocks: dict[int, deque[_Block[B]]] = field(default_factory=dict[int, "deque[_Block[B]]"])
     _pools: dict[str, _Pool] = field(default_factory=dict[str, _Pool])
     _taken: int = 0
 
     def __len__(self) -> int:
-        return sum(len(blocks) for blocks in self._blocks.values())
+        return sum(len(block.handles) for blocks in self._blocks.values() for block in blocks)
 
     def add(self, handle: B, partition: int, offset: int, marks: dict[str, Ranges], now_ms: int, clock_ms: int) -> None:
         """Takes a block whose last record is at `offset`. Minutes after the open one are left to their own marks."""
@@ -109,7 +121,10 @@ class DirtyQueue(Generic[B]):
         minutes = {pool: ranges.clip(now_ms - self.pace.live_ms, open_end) for pool, ranges in marks.items()}
         minutes = {pool: ranges.widen(MINUTE_MS) for pool, ranges in minutes.items()}
         hours = {pool: ranges.clip(0, open_end).widen(self.pace.unit_ms) for pool, ranges in marks.items()}
-        self._blocks.setdefault(partition, deque()).append(_Block(handle, partition, self._taken, minutes, hours))
+        blocks = self._blocks.setdefault(partition, deque())
+        blocks.append(_Block([handle], self._taken, minutes, hours))
+        if len(blocks) > self.max_blocks:
+            self._blocks[partition] = _joined(blocks)
         for state in self._pools.values():
             if state.partition == partition:
                 state.offset = max(state.offset, offset)
@@ -210,17 +225,31 @@ class DirtyQueue(Generic[B]):
         out: list[tuple[B, int]] = []
         for partition, blocks in self._blocks.items():
             while blocks and blocks[0].is_done():
-                out.append((blocks.popleft().handle, partition))
+                out += [(handle, partition) for handle in blocks.popleft().handles]
         return out
 
     def drop(self, held: Callable[[B], bool]) -> None:
         """Forgets blocks that are no longer ours; whoever has their partition takes them again."""
         for partition, blocks in self._blocks.items():
-            kept = deque(block for block in blocks if held(block.handle))
-            if len(kept) != len(blocks):
-                self._blocks[partition] = kept
+            # They leave all at once: where the first is ours, so are those after it.
+            if not blocks or held(blocks[0].handles[0]):
+                continue
+            for block in blocks:
+                block.handles = [handle for handle in block.handles if held(handle)]
+            self._blocks[partition] = deque(block for block in blocks if block.handles)
 
     def backlog(self) -> tuple[int, int]:
         """(blocks not finished, minutes still to compute for the oldest time) for /metrics and `status`."""
         ranges = [r for pool in self._pools for r in self._outstanding(pool, "hours")]
         return len(self), sum(end - start for start, end in ranges) // MINUTE_MS
+
+
+def _joined(blocks: deque[_Block[B]]) -> deque[_Block[B]]:
+    """Each two neighbours as one."""
+    out: deque[_Block[B]] = deque()
+    for n, block in enumerate(blocks):
+        if n % 2:
+            out[-1].join(block)
+        else:
+            out.append(block)
+    return out
