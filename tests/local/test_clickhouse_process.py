@@ -239,6 +239,19 @@ def test_a_merge_that_the_disk_did_not_take_is_undone_by_the_next_start(tmp_path
         assert _count(server, "SELECT count() FROM t WHERE NOT ignore(*)") == 20_000
 
 
+def test_what_was_merged_stays_until_the_merge_has_been_looked_at(tmp_path: Path) -> None:
+    with (
+        _server(tmp_path) as server,
+        clickhouse_connect.get_client(host="127.0.0.1", port=server.port, autogenerate_session_id=False) as client,
+    ):
+        client.command("CREATE TABLE t (a Int64) ENGINE = MergeTree ORDER BY a")
+        for number in range(3):
+            client.command(f"INSERT INTO t VALUES ({number})")
+        client.command("OPTIMIZE TABLE t FINAL")
+        time.sleep(10)  # many rounds of the engine's cleaning
+        assert _count(server, "SELECT count() FROM system.parts WHERE table = 't' AND NOT active") == 3
+
+
 def test_whole_parts_of_every_kind_are_not_taken_for_short(tmp_path: Path) -> None:
     wide = "min_bytes_for_wide_part = 1, min_rows_for_wide_part = 1"
     columns = "k UInt64, n Nullable(Int64), l LowCardinality(String), a Array(String), d DateTime64(3), s String"

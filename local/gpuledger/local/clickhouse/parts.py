@@ -3,8 +3,8 @@
 chDB takes a write that the disk refuses (full, over a quota or a limit of file size) for one that succeeded: the
 INSERT returns, the part is there, its files are short. So it was with the engines 26.1, 26.3, 26.7 and 26.9, for
 inserts and for merges. The engine compares sizes only when it starts; then it sets a short part aside, and takes up
-again the parts that it was merged from, which it keeps for eight minutes. So a short part must be found before anything
-is acknowledged, or within those minutes, and the next start heals it.
+again the parts that it was merged from, which we have it keep for two minutes. So a short part must be found before
+anything is acknowledged, or within those minutes, and the next start heals it.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ _BACKLOG = 128
 _DRAIN_S = 2
 _CLOSE_S = 4.0
 _MIN_MEMORY_BYTES = 512 * 1024 * 1024
-#: uvicorn's ticks, of 0.1 s, between two looks at what the engine merged. It keeps for 480 s what it merged from.
+#: uvicorn's ticks, of 0.1 s, between two looks at what the engine merged; `KEEP_MERGED_S` must be much longer.
 _TICKS_PER_LOOK = 20
 
 

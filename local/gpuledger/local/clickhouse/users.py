@@ -20,7 +20,7 @@ import yaml
 
 from gpuledger.local.exceptions import LocalError
 
-__all__ = ["User", "Users", "UsersError", "is_loopback", "server_xml", "users_xml"]
+__all__ = ["KEEP_MERGED_S", "User", "Users", "UsersError", "is_loopback", "server_xml", "users_xml"]
 
 # What the engine's user may do: everything with its own tables, nothing with files, URLs, other servers or accounts.
 # READ and WRITE on sources, FILE and URL are left out on purpose; so is SYSTEM SHUTDOWN, part of SYSTEM.
@@ -187,6 +187,10 @@ def _parse_password(name: str, given: dict[str, Any]) -> str | None:
     return digest.lower()
 
 
+#: How long parts stay after they were merged; chDB's default is to delete them at once. See `parts`.
+KEEP_MERGED_S = 120
+
+
 def server_xml(users_file: Path, server_memory_bytes: int, min_free_bytes: int) -> str:
     """The engine's server configuration. `min_free_bytes`: left free by what it writes, merges included.
 
@@ -204,6 +208,7 @@ def server_xml(users_file: Path, server_memory_bytes: int, min_free_bytes: int) 
   <merge_tree>
     <fsync_after_insert>1</fsync_after_insert>
     <fsync_part_directory>1</fsync_part_directory>
+    <old_parts_lifetime>{KEEP_MERGED_S}</old_parts_lifetime>
     <number_of_free_entries_in_pool_to_lower_max_size_of_merge>2</number_of_free_entries_in_pool_to_lower_max_size_of_merge>
     <number_of_free_entries_in_pool_to_execute_mutation>2</number_of_free_entries_in_pool_to_execute_mutation>
     <number_of_free_entries_in_pool_to_execute_optimize_entire_partition>2</number_of_free_entries_in_pool_to_execute_optimize_entire_partition>
