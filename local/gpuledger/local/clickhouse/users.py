@@ -187,7 +187,7 @@ def _parse_password(name: str, given: dict[str, Any]) -> str | None:
     return digest.lower()
 
 
-#: How long parts stay after they were merged; chDB's default is to delete them at once. See `parts`.
+#: How long parts stay after they were merged; chDB's default is until its next cleaning. See `parts`.
 KEEP_MERGED_S = 120
 
 
