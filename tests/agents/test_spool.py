@@ -475,23 +475,42 @@ def test_what_a_full_disk_kept_although_it_was_refused_is_set_aside_when_there_i
     assert done.stdout.splitlines() == ["full [True] 2 0", "free 0 1 1 1"]
 
 
-def test_damage_while_running_begins_a_new_file_and_a_new_run(tmp_path: Path) -> None:
-    spool = _spool(tmp_path)
-    for n in range(20):
-        spool.seal_batch("run", n, n + 1, NOW, _batch(size=5000))
-    # The same file, with another page size behind the spool's back, is what SQLite calls malformed.
-    path = tmp_path / FILE_NAME
+def _damage(path: Path) -> None:
+    """The same file, with another page size behind the spool's back, is what SQLite calls malformed."""
     checkpoint = sqlite3.connect(path)
     checkpoint.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     checkpoint.close()
     with path.open("r+b") as file:
         file.write(b"\x00" * path.stat().st_size)
         os.fsync(file.fileno())
+
+
+def test_damage_while_running_begins_a_new_file_and_a_new_run(tmp_path: Path) -> None:
+    spool = _spool(tmp_path)
+    for n in range(20):
+        spool.seal_batch("run", n, n + 1, NOW, _batch(size=5000))
+    _damage(tmp_path / FILE_NAME)
     with pytest.raises(SpoolChanged):
         for n in range(50):
             spool.seal_batch("run", n, n + 1, NOW, _batch(size=5000))
     assert spool.seal_batch("next", 0, 1, NOW, _batch()) == 0
     assert list(tmp_path.glob("*.damaged-*"))
+
+
+def test_what_was_on_its_way_when_the_file_was_damaged_takes_nothing_of_the_new_one_along(tmp_path: Path) -> None:
+    spool = _spool(tmp_path)
+    for n in range(20):
+        spool.seal_batch("run", n, n + 1, NOW, _batch(size=5000))
+    first, second, *_ = (one.number for one in spool.take(5, 10**9))
+    _damage(tmp_path / FILE_NAME)
+    with pytest.raises(SpoolChanged):
+        for n in range(50):
+            spool.seal_batch("run", n, n + 1, NOW, _batch(size=5000))
+    for n in range(10):
+        spool.seal_batch("next", n, n + 1, NOW, _batch())
+    spool.acknowledge([first])
+    spool.reject(second, "broker: too large")
+    assert (spool.stats().messages, spool.stats().rejected, len(spool.take(100, 10**9))) == (10, 0, 10)
 
 
 def test_placements_are_kept_over_restarts(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import clickhouse_connect
 import pyarrow as pa
 import pytest
+from clickhouse_connect.driver import Client
 from clickhouse_connect.driver.exceptions import Error
 
 from gpuledger.local.clickhouse import EmbeddedClickHouse
@@ -32,8 +33,12 @@ def _server(directory: Path, port: int = 0) -> EmbeddedClickHouse:
     return EmbeddedClickHouse(directory, port, memory_bytes=_MEMORY_BYTES)
 
 
+def _client(server: EmbeddedClickHouse) -> Client:
+    return clickhouse_connect.get_client(host="127.0.0.1", port=server.port, autogenerate_session_id=False)
+
+
 def _count(server: EmbeddedClickHouse, sql: str) -> int:
-    with clickhouse_connect.get_client(host="127.0.0.1", port=server.port) as client:
+    with _client(server) as client:
         return int(str(client.command(sql)))
 
 
@@ -41,7 +46,7 @@ def test_data_survives_a_restart(tmp_path: Path) -> None:
     server = _server(tmp_path)
     with server:
         _count(server, "SELECT 1")
-        with clickhouse_connect.get_client(host="127.0.0.1", port=server.port) as client:
+        with _client(server) as client:
             client.command("CREATE TABLE t (a Int64) ENGINE = MergeTree ORDER BY a")
             client.insert("t", [[1], [2]], column_names=["a"])
     assert server.poll() == 0
@@ -132,7 +137,7 @@ def test_kill_9_during_inserts_loses_nothing_acknowledged(tmp_path: Path) -> Non
     server = _server(tmp_path)
     for round_number in range(4):
         server.start()
-        with clickhouse_connect.get_client(host="127.0.0.1", port=server.port) as client:
+        with _client(server) as client:
             client.command(
                 "CREATE TABLE IF NOT EXISTS blocks (block Int64, row Int64, s String) ENGINE = MergeTree ORDER BY block"
             )
@@ -157,7 +162,7 @@ def test_kill_9_during_inserts_loses_nothing_acknowledged(tmp_path: Path) -> Non
                 # The kill.
                 killer.join()
         server.stop()
-    with server, clickhouse_connect.get_client(host="127.0.0.1", port=server.port) as client:
+    with server, _client(server) as client:
         found = client.query(
             "SELECT block, count(), uniqExact(row) FROM blocks GROUP BY block ORDER BY block"
         ).result_rows
@@ -176,10 +181,7 @@ def test_a_failed_start_shows_the_log(tmp_path: Path) -> None:
 def test_what_a_full_disk_takes_is_refused_and_the_rest_is_there(tmp_path: Path) -> None:
     """No insert is acknowledged that is not stored: here our process itself has no room for the data."""
     disk = LimitedDisk(tmp_path)
-    with (
-        _server(tmp_path) as server,
-        clickhouse_connect.get_client(host="127.0.0.1", port=server.port, autogenerate_session_id=False) as client,
-    ):
+    with _server(tmp_path) as server, _client(server) as client:
         client.command("CREATE TABLE t (a Int64, s String) ENGINE = MergeTree ORDER BY a")
         stored, refused = 0, 0
         for full in (False, True, False):
@@ -200,10 +202,7 @@ def test_an_insert_that_the_engine_takes_for_written_is_refused_where_the_disk_d
     """The limit of file size fails the engine's writes as a full disk does; it does not notice."""
     disk = LimitedDisk(tmp_path)
     server = _server(tmp_path)
-    with (
-        server,
-        clickhouse_connect.get_client(host="127.0.0.1", port=server.port, autogenerate_session_id=False) as client,
-    ):
+    with server, _client(server) as client:
         client.command("CREATE TABLE t (a Int64, s String) ENGINE = MergeTree ORDER BY a")
         client.command("INSERT INTO t SELECT number, toString(rand64()) FROM numbers(100000)")
         disk.fill(server.pid)
@@ -221,10 +220,7 @@ def test_an_insert_that_the_engine_takes_for_written_is_refused_where_the_disk_d
 def test_a_merge_that_the_disk_did_not_take_is_undone_by_the_next_start(tmp_path: Path, asked: bool) -> None:
     disk = LimitedDisk(tmp_path)
     server = _server(tmp_path)
-    with (
-        server,
-        clickhouse_connect.get_client(host="127.0.0.1", port=server.port, autogenerate_session_id=False) as client,
-    ):
+    with server, _client(server) as client:
         client.command("CREATE TABLE t (a Int64, s String) ENGINE = MergeTree ORDER BY a")
         client.command("SYSTEM STOP MERGES t")
         for _ in range(20):
@@ -251,10 +247,7 @@ def test_whole_parts_of_every_kind_are_not_taken_for_short(tmp_path: Path) -> No
     wide = "min_bytes_for_wide_part = 1, min_rows_for_wide_part = 1"
     columns = "k UInt64, n Nullable(Int64), l LowCardinality(String), a Array(String), d DateTime64(3), s String"
     row = "number, if(number % 2, NULL, 7), 'x', if(number % 3, [], ['a']), now(), ''"
-    with (
-        _server(tmp_path) as server,
-        clickhouse_connect.get_client(host="127.0.0.1", port=server.port, autogenerate_session_id=False) as client,
-    ):
+    with _server(tmp_path) as server, _client(server) as client:
         for table, settings in (("compact", ""), ("wide", f"SETTINGS {wide}")):
             client.command(
                 f"CREATE TABLE {table} ({columns}, INDEX i n TYPE minmax, PROJECTION p (SELECT l, count() GROUP BY l)) "
@@ -284,10 +277,7 @@ def test_whole_parts_of_every_kind_are_not_taken_for_short(tmp_path: Path) -> No
 
 
 def test_every_file_of_a_part_is_missed_when_it_is_cut(tmp_path: Path) -> None:
-    with (
-        _server(tmp_path) as server,
-        clickhouse_connect.get_client(host="127.0.0.1", port=server.port, autogenerate_session_id=False) as client,
-    ):
+    with _server(tmp_path) as server, _client(server) as client:
         client.command(
             "CREATE TABLE t (a Int64, s Nullable(String)) ENGINE = MergeTree ORDER BY a "
             "SETTINGS min_bytes_for_wide_part = 1, min_rows_for_wide_part = 1"

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import faust
 import pytest
+from faust.types import TP
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +18,7 @@ from gpuledger.streams.blocks import (
     BlockTransport,
     OutstandingBlocks,
     Record,
+    RecordBlock,
     block_topic,
     faust_settings,
 )
@@ -47,7 +51,7 @@ def test_the_offset_after_the_last_acknowledged_block_is_committed() -> None:
     blocks[0].acked = blocks[1].acked = True
     assert outstanding.committable() == 150
     assert outstanding.committable() == 150, "asking must not use it up"
-    assert (len(outstanding), outstanding.held_bytes, outstanding.expected) == (1, 10, 151)
+    assert (outstanding.count_held(), outstanding.held_bytes, outstanding.expected) == (1, 10, 151)
 
 
 def test_an_unacknowledged_block_holds_the_later_ones_back() -> None:
@@ -68,6 +72,19 @@ def test_a_block_of_an_earlier_assignment_is_not_its_redelivered_twin() -> None:
     assert again.committable() is None
 
 
+def test_what_was_let_go_holds_nothing_back_and_is_committed_in_its_turn() -> None:
+    outstanding, blocks = delivered(99, 149, 150)
+    for block in (*blocks[:2], blocks[0], Block(99)):
+        outstanding.let_go(block)
+    assert (outstanding.count_held(), outstanding.held_bytes) == (1, 10)
+    assert outstanding.holds(blocks[0]) and outstanding.committable() is None
+    blocks[0].acked = blocks[2].acked = True
+    assert outstanding.committable() == 100
+    blocks[1].acked = True
+    assert outstanding.committable() == 151
+    assert (outstanding.count_held(), outstanding.held_bytes) == (0, 0)
+
+
 @given(st.lists(st.integers(1, 50), min_size=1), st.data())
 def test_whatever_the_order_of_acknowledgements_only_prefixes_are_committed(sizes: list[int], data: st.DataObject):
     ends = [sum(sizes[: n + 1]) - 1 for n in range(len(sizes))]
@@ -78,7 +95,7 @@ def test_whatever_the_order_of_acknowledgements_only_prefixes_are_committed(size
         acknowledged.add(position)
         prefix = next((n for n in range(len(blocks)) if n not in acknowledged), len(blocks))
         assert outstanding.committable() == (ends[prefix - 1] + 1 if prefix else None)
-        assert len(outstanding) == len(blocks) - prefix
+        assert outstanding.count_held() == len(blocks) - prefix
         assert outstanding.held_bytes == 10 * (len(blocks) - prefix)
 
 
@@ -98,9 +115,9 @@ def make_app(tmp_path: Path) -> faust.App:
 def test_block_topics_are_known_to_the_transport(tmp_path: Path) -> None:
     app = make_app(tmp_path)
     block_topic(app, "telemetry")
-    block_topic(app, "dirty", many_held=True)
+    block_topic(app, "dirty")
     assert isinstance(app.transport, BlockTransport)
-    assert app.transport.block_topics == {"telemetry": False, "dirty": True}
+    assert app.transport.block_topics == {"telemetry", "dirty"}
     consumer = app.consumer
     assert isinstance(consumer, BlockConsumer)
     assert consumer.is_block_topic("dirty")
@@ -126,3 +143,25 @@ def test_the_settings_that_safety_depends_on(tmp_path: Path) -> None:
 def test_the_size_of_a_record_counts_what_it_carries() -> None:
     small = Record("t", 0, 0, 0, None, None)
     assert Record("t", 0, 0, 0, b"key", b"value").size_bytes == small.size_bytes + 8
+
+
+def test_a_partition_whose_records_were_let_go_is_fetched_again(tmp_path: Path) -> None:
+    """Marks of the open hour are acknowledged with it: counted, they kept newer marks from the worker for minutes."""
+    app = make_app(tmp_path)
+    block_topic(app, "dirty")
+    consumer = app.consumer
+    assert isinstance(consumer, BlockConsumer)
+    tp = TP("dirty", 0)
+    consumer._outstanding[tp] = OutstandingBlocks()
+    messages: list[Any] = []
+    for offset in range(consumer.partition_held_blocks):
+        assert consumer._held_back({tp}) == set()
+        record = Record("dirty", 0, offset, 0, b"k", b"v" * 100)
+        messages.append(SimpleNamespace(tp=tp, offset=offset, acked=False, value=RecordBlock([record])))
+        consumer._outstanding[tp].deliver(messages[-1], messages[-1].value.size_bytes)
+    assert consumer._held_back({tp}) == {tp}
+    for message in messages:
+        consumer.let_go(message)
+        assert consumer._held_back({tp}) == set() and not message.value
+    assert consumer.held_bytes("dirty") == 0
+    assert all(consumer.holds(message) for message in messages)

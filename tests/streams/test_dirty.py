@@ -149,7 +149,7 @@ def test_an_hour_of_open_marks_is_few_blocks_to_look_at_and_each_is_finished() -
         minute = hour + n // 60 * MINUTE_MS
         queue.add(n, 0, n, {"p": Ranges([(minute, minute + MINUTE_MS)])}, hour + n * 1000, n * 1000)
     assert len(queue) == 3_600 and queue.backlog() == (3_600, 60)
-    assert max(len(blocks) for blocks in queue._blocks.values()) <= 64  # pyright: ignore[reportPrivateUsage]
+    assert max(len(blocks) for blocks in queue._blocks.values()) <= 64
     now, clock = hour + HOUR_MS, 3_600_000
     finished: list[int] = []
     for _ in range(20):

@@ -103,6 +103,9 @@ class _Faust:
     def holds(self, _message: object) -> bool:
         return True
 
+    def let_go(self, _message: object) -> None:
+        pass
+
     def noack(self) -> _Faust:
         return self
 

@@ -178,6 +178,8 @@ class Spool:
         if _is_damage(error):
             store.close()
             self._disk = None
+            # What is on its way now is acknowledged by its number, which must not be another message's by then.
+            last = max((number >> 1 for number in self._taken if not number & 1), default=0)
             self._taken = {number for number in self._taken if number & 1}
             self._in_doubt = {number for number in self._in_doubt if number & 1}
             self._sent = {number for number in self._sent if number & 1}
@@ -185,6 +187,7 @@ class Spool:
             try:
                 self._set_aside(error, now_ms)
                 self._disk = SpoolStore(self._path)
+                self._disk.number_after(last)
                 return SpoolChanged(f"the file was damaged ({error}) and set aside")
             except (OSError, sqlite3.Error) as second:
                 error = sqlite3.OperationalError(str(second))

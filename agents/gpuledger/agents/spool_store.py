@@ -265,6 +265,11 @@ class SpoolStore:
             size += length
         return found
 
+    def number_after(self, last: int) -> None:
+        """Messages of a new store get numbers from `last` + 1 on."""
+        with self._transaction():
+            self._db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('messages', ?)", (last,))
+
     def delete(self, numbers: Sequence[int]) -> None:
         """Forgets messages that the broker has."""
         freed = 0

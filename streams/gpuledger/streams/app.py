@@ -124,7 +124,7 @@ def make_pipeline(
     consume("alerts", lambda: AlertsSink(Store(config.clickhouse), mark, rules.ahead_ms, lambda a: _tell(hooks, a)))
     consume("deadletter", lambda: DeadLetterSink(Store(config.clickhouse)))
 
-    dirty_topic = block_topic(app, topic_name(kafka.topic_prefix, "dirty"), many_held=True)
+    dirty_topic = block_topic(app, topic_name(kafka.topic_prefix, "dirty"))
     pace = Pace(rules.unit_ms, live_every_ms=worker.live_every_ms, slice_ms=worker.slice_ms)
 
     @app.agent(dirty_topic, name="dirty")

@@ -12,7 +12,6 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from importlib.metadata import version
-from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -132,34 +131,47 @@ class _Acknowledged(Protocol):
 class OutstandingBlocks:
     """The blocks of one partition that were delivered and not yet acknowledged, in offset order.
 
-    `expected` is the offset the next block should start with, None when unknown. Membership is by identity, so a
-    block of an earlier assignment can never be taken for its redelivered twin.
+    `expected` is the offset the next block should start with, None when unknown. `held_bytes` is what those records
+    occupy that were not let go. Membership is by identity, so a block of an earlier assignment can never be taken for
+    its redelivered twin.
     """
 
-    __slots__ = ("_blocks", "_committable", "_ids", "expected", "held_bytes", "probed")
+    __slots__ = ("_blocks", "_committable", "_held", "_sizes", "expected", "held_bytes", "probed")
 
     def __init__(self, expected: int | None = None) -> None:
-        self._blocks: deque[tuple[_Acknowledged, int]] = deque()
-        self._ids: set[int] = set()
+        self._blocks: deque[_Acknowledged] = deque()
+        #: By identity of the block; None once its records have been let go.
+        self._sizes: dict[int, int | None] = {}
         self._committable: int | None = None
         self.expected = expected
         self.probed: int | None = None
+        self._held = 0
         self.held_bytes = 0
-
-    def __len__(self) -> int:
-        self._settle()
-        return len(self._blocks)
 
     def deliver(self, block: _Acknowledged, size_bytes: int) -> None:
         """Note a block on its way to an agent; `block.offset` is the offset of its last record."""
-        self._blocks.append((block, size_bytes))
-        self._ids.add(id(block))
+        self._blocks.append(block)
+        self._sizes[id(block)] = size_bytes
+        self._held += 1
         self.held_bytes += size_bytes
         self.expected = block.offset + 1
 
+    def let_go(self, block: _Acknowledged) -> None:
+        """Its records are not needed any more, only its place in the order. May be repeated."""
+        size_bytes = self._sizes.get(id(block))
+        if size_bytes is not None:
+            self._sizes[id(block)] = None
+            self._held -= 1
+            self.held_bytes -= size_bytes
+
     def holds(self, block: _Acknowledged) -> bool:
         """Whether this very block is among them (also when only an earlier one keeps it from being settled)."""
-        return id(block) in self._ids
+        return id(block) in self._sizes
+
+    def count_held(self) -> int:
+        """How many blocks have their records still."""
+        self._settle()
+        return self._held
 
     def committable(self) -> int | None:
         """The offset after the last record of the longest acknowledged prefix; None if there is none yet."""
@@ -167,10 +179,10 @@ class OutstandingBlocks:
         return self._committable
 
     def _settle(self) -> None:
-        while self._blocks and self._blocks[0][0].acked:
-            block, size_bytes = self._blocks.popleft()
-            self._ids.remove(id(block))
-            self.held_bytes -= size_bytes
+        while self._blocks and self._blocks[0].acked:
+            block = self._blocks.popleft()
+            self.let_go(block)
+            del self._sizes[id(block)]
             self._committable = block.offset + 1
 
 
@@ -180,9 +192,10 @@ class BlockConsumer(AIOKafkaConsumer):
     Topics that were not declared with `block_topic` behave as in stock Faust.
     """
 
-    #: Beyond these a partition is not fetched until its agent has caught up. The agent needs room for one merged
-    #: block in flight, one prepared and one begun; every partition may always have one block outstanding. Bytes are
-    #: the bound that counts: at 16 blocks, fetches of some tens of records each stood still two thirds of the time.
+    #: Beyond these a partition is not fetched until its agent has caught up, or let records go. The agent needs room
+    #: for one merged block in flight, one prepared and one begun; every partition may always have one block
+    #: outstanding. Bytes are the bound that counts: at 16 blocks, fetches of some tens of records each stood still two
+    #: thirds of the time.
     topic_held_bytes: ClassVar[int] = 80 * 1024 * 1024
     partition_held_blocks: ClassVar[int] = 128
 
@@ -209,7 +222,7 @@ class BlockConsumer(AIOKafkaConsumer):
         return blocks is not None and blocks.holds(message)
 
     def held_bytes(self, topic: str) -> int:
-        """What was delivered of a block topic and is not acknowledged yet, in bytes of memory."""
+        """What was delivered of a block topic and is neither acknowledged yet nor let go, in bytes of memory."""
         return sum(blocks.held_bytes for tp, blocks in self._outstanding.items() if tp.topic == topic)
 
     # -- fetching
@@ -272,19 +285,11 @@ class BlockConsumer(AIOKafkaConsumer):
         return await self._getmany(active_partitions={_NO_PARTITION}, timeout=0.0), active
 
     def _held_back(self, active: set[TP]) -> set[TP]:
-        counts = {tp: count for tp, blocks in self._outstanding.items() if (count := len(blocks))}
-        full_topics = {
-            topic for topic in {tp.topic for tp in counts} if self.held_bytes(topic) >= self.topic_held_bytes
-        }
+        held = {tp: count for tp, blocks in self._outstanding.items() if (count := blocks.count_held())}
+        full_topics = {topic for topic in {tp.topic for tp in held} if self.held_bytes(topic) >= self.topic_held_bytes}
         return {
-            tp
-            for tp in active
-            if tp in counts and (counts[tp] >= self._held_blocks(tp.topic) or tp.topic in full_topics)
+            tp for tp in active if tp in held and (held[tp] >= self.partition_held_blocks or tp.topic in full_topics)
         }
-
-    def _held_blocks(self, topic: str) -> float:
-        many = cast(BlockTransport, self.transport).block_topics[topic]
-        return inf if many else self.partition_held_blocks
 
     def _wanted(self, tp: TP) -> bool:
         return tp in self._get_active_partitions() or tp in self._buffered_partitions
@@ -325,7 +330,15 @@ class BlockConsumer(AIOKafkaConsumer):
             return False
         return True
 
-    # -- acknowledging and committing
+    # -- letting go, acknowledging and committing
+
+    def let_go(self, message: Message) -> None:
+        """Drops the records of a block whose agent has read them and acknowledges it much later."""
+        cast(RecordBlock, message.value).clear()
+        blocks = self._outstanding.get(message.tp)
+        if blocks is not None:
+            blocks.let_go(message)
+        self._room.set()
 
     def ack(self, message: Message) -> bool:
         acknowledged = super().ack(message)
@@ -398,13 +411,13 @@ class BlockConsumer(AIOKafkaConsumer):
 
 
 class BlockTransport(AIOKafkaTransport):
-    """Faust's Kafka transport with the block consumer, and the topics that come in blocks: whether many may be held."""
+    """Faust's Kafka transport with the block consumer, and the names of the topics that come in blocks."""
 
     Consumer: ClassVar[Any] = BlockConsumer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.block_topics: dict[str, bool] = {}
+        self.block_topics: set[str] = set()
 
 
 class _BlockSchema(Schema[Any, Any]):
@@ -419,11 +432,8 @@ class _BlockSchema(Schema[Any, Any]):
         return decode
 
 
-def block_topic(app: App, name: str, *, many_held: bool = False) -> TopicT:
+def block_topic(app: App, name: str) -> TopicT:
     """Declare that `name` reaches its agents in blocks, and return the Faust topic (keys and values are bytes).
-
-    `many_held`: its agent acknowledges late, keeps little of a block, and must see what comes meanwhile, so only bytes
-    bound what is outstanding.
 
     Raises IntakeSetupError when the app's consumer exists already, for then it would be the stock one.
     """
@@ -433,7 +443,7 @@ def block_topic(app: App, name: str, *, many_held: bool = False) -> TopicT:
             raise IntakeSetupError(f"topic {name!r}: the app's consumer exists already; declare block topics before it")
         transport = BlockTransport(transport.url, app)
         app.transport = transport
-    transport.block_topics[name] = many_held
+    transport.block_topics.add(name)
     schema = _BlockSchema(key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
     return app.topic(name, schema=schema)
 

@@ -165,8 +165,8 @@ class _DirtyAgent:
                 some = rejected[start : start + _LETTERS_AT_ONCE]
                 await asyncio.gather(*(self._reject(record, reason) for record, reason in some))
             last = records[-1]
-            # It stays until it is acknowledged, up to an hour: without what was in it.
-            event.value.clear()
+            # Acknowledged up to an hour later: until then its records must not keep others from being fetched.
+            self._consumer.let_go(event.message)
             handle = _Handle(event, last.offset, last.timestamp_ms)
             self._stats.marks += len(records)
             self._queue.add(handle, last.partition, last.offset, marks.merged(), last.timestamp_ms, _clock_ms())
