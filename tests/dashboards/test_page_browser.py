@@ -78,6 +78,17 @@ def test_everything_is_drawn_without_a_complaint_or_a_foreign_request(
     assert all(url.startswith(running.url) for url in tab.requests)
 
 
+def test_the_sum_stands_in_the_middle_of_its_ring(ledger: SeededLedger, start_page: StartPage, tab: Tab) -> None:
+    panel = tab.open(start_page(ledger)).locator("#panel-money-by-pool")
+    expect(panel.locator(".total b").first).to_be_visible()
+    ring, first, last = (
+        panel.locator(part).bounding_box() for part in (".chart svg", ".total b >> nth=0", ".total span >> nth=-1")
+    )
+    assert ring and first and last
+    middle = (first["y"] + last["y"] + last["height"]) / 2
+    assert abs(middle - (ring["y"] + ring["height"] / 2)) < 3
+
+
 def test_the_numbers_are_those_of_the_ledger(ledger: SeededLedger, start_page: StartPage, tab: Tab) -> None:
     page = tab.open(start_page(ledger))
     midnight = ledger.seed.now.replace(hour=0, minute=0, second=0, microsecond=0)

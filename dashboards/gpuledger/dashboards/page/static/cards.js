@@ -244,7 +244,6 @@ export class Card {
       const [chart, total, list] = box.children;
       chart.setAttribute("aria-label", slices.map((slice) => `${slice.name} ${slice.text}`).join(", "));
       this.chart.set(donut(this.panel, slices));
-      total.style.height = `${chart.clientHeight}px`;
       total.replaceChildren(...totals.map((sum) => element("b", { text: sum.text, title: sum.exact })), element("span", { text: "today, UTC" }));
       const all = slices.reduce((sum, slice) => sum + Number(slice.value), 0) || 1;
       list.replaceChildren(...slices.map((slice) => element("li", {}, element("span", { class: "swatch", "--c": slice.colour }), element("span", { text: label(slice.name) }),
